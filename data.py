@@ -1,0 +1,269 @@
+"""Text in, ids out: tokenizer, AlpacaFarm's prompt template, the three kinds of data files, batching.
+
+Legend   B batch, T tokens (prompt + response, right-padded), R response tokens
+
+How a row is laid out, and which state predicts which token (prompt of 3 ids, response of 3 ids):
+
+    index           0     1     2     3     4     5     6
+    tokens         BOS    p     p     a     b    EOS   (pad)
+    predicted by          0     1     2     3     4              the state at index i predicts the token at index i + 1
+    response_mask               (B, R):    [T     T     T     F]   columns count response tokens; True up to and with EOS
+
+Decisions:
+1. Prompt and response are encoded apart and joined. Encoded together, ":" merges with the first character of some
+   answers, and the model would be trained on prompts that it never sees when it is asked.
+2. The response is encoded *without* sentencepiece's dummy prefix: no space after "### Response:", as released models
+   expect. So decode(prompt ids + response ids) is exactly the text.
+3. Nothing is re-tokenised later: what was sampled as ids is scored as ids.
+"""
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from model import pad_right, read_json
+
+PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
+                "Write a response that appropriately completes the request.\n\n"
+                "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+PROMPT_NO_INPUT = ("Below is an instruction that describes a task. "
+                   "Write a response that appropriately completes the request.\n\n"
+                   "### Instruction:\n{instruction}\n\n### Response:")
+
+
+def format_prompt(instruction, input=""):
+    """AlpacaFarm's prompt (its prompts/v0_inputs_noinputs.json): two templates, with and without an input."""
+    template = PROMPT_INPUT if input else PROMPT_NO_INPUT
+    return template.format(instruction=instruction, input=input)
+
+
+class Tokenizer:
+    """A sentencepiece model. pad_id is -1 where there is none (LLaMA): nothing relies on a pad id, masks decide."""
+
+    # Two more bytes of the file's normalizer_spec (field 3): add_dummy_prefix (its field 3) = false. In protobuf the
+    # later value of a field wins, so appending this to the file's bytes is a second tokenizer without the prefix.
+    NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}: expected a sentencepiece file such as tokenizer.model")
+        proto = self.path.read_bytes()
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            self.sp_response = sentencepiece.SentencePieceProcessor(model_proto=proto + self.NO_DUMMY_PREFIX)
+        except RuntimeError:
+            raise ValueError(f"{path} is not a sentencepiece model") from None
+        self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
+        self.pad_id, self.unk_id = self.sp.pad_id(), self.sp.unk_id()
+
+    def encode(self, text, bos=False, eos=False):
+        """Ids of a text as the tokenizer's file has it (LLaMA's puts a space in front)."""
+        return [self.bos_id] * bos + self.sp.encode(text) + [self.eos_id] * eos
+
+    def encode_response(self, text, eos=True):
+        """Ids of a text that continues another: no space in front; with EOS at the end."""
+        return self.sp_response.encode(text) + [self.eos_id] * eos
+
+    def decode(self, ids):
+        """The text of whole sequences; control ids (BOS, EOS) are silent."""
+        return self.sp.decode(list(ids))
+
+    def decode_response(self, ids):
+        """The text of a response alone: a space that it begins with is kept."""
+        return self.sp_response.decode(list(ids))
+
+    def banned_ids(self, model_vocab_size):
+        """Ids that a model must never sample: PAD, BOS, UNK, and rows beyond this tokenizer (embeddings may have more)."""
+        return sorted({self.pad_id, self.bos_id, self.unk_id} - {-1, self.eos_id}) + list(range(self.vocab_size, model_vocab_size))
+
+    def check_fits(self, model_vocab_size, model_path):
+        """ValueError if this tokenizer has ids that the model has no embedding for."""
+        if self.vocab_size > model_vocab_size:
+            raise ValueError(f"{self.path} has {self.vocab_size} pieces but {model_path} only {model_vocab_size} "
+                             "embeddings: this tokenizer belongs to another model")
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+def read_rows(path):
+    """Rows (dictionaries) of a JSON list or of JSON lines, UTF-8. ValueError names the file and the line or row."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file at {path}")
+    if path.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{path}, line {number}: broken JSON ({e.msg})") from None
+    else:
+        rows = read_json(path)
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: expected a non-empty list of rows, got {'an empty list' if rows == [] else type(rows).__name__}")
+    return rows
+
+
+def text_field(row, key, where, default=None):
+    """row[key], which must be a string (absent: the default, if there is one)."""
+    value = row.get(key, default) if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        got = "no such field" if not isinstance(row, dict) or key not in row else f"{type(value).__name__} {value!r}"
+        raise ValueError(f"{where}: expected a text in '{key}', got {got}")
+    return value
+
+
+def prompt_of(row, where):
+    """The formatted prompt of a row with `instruction` and perhaps `input`."""
+    instruction = text_field(row, "instruction", where)
+    if not instruction.strip():
+        raise ValueError(f"{where}: 'instruction' is empty")
+    return format_prompt(instruction, text_field(row, "input", where, default=""))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its answer, as ids; the answer ends with EOS unless it was too long and lost its tail."""
+    prompt: list
+    response: list
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the better one named by people or by an annotator."""
+    prompt: list
+    chosen: list
+    rejected: list
+    row: dict
+
+
+def load_sft(path, tokenizer, max_len):
+    """instruction / input / output rows -> Examples of at most max_len tokens (the head is kept), and how many were cut.
+
+    A row whose prompt alone fills max_len has nothing to learn from and is left out (counted as cut).
+    """
+    examples, cut = [], 0
+    for i, row in enumerate(read_rows(path)):
+        where = f"{path}, row {i}"
+        prompt = tokenizer.encode(prompt_of(row, where), bos=True)
+        response = tokenizer.encode_response(text_field(row, "output", where))
+        cut += len(prompt) + len(response) > max_len
+        if len(prompt) < max_len:
+            examples.append(Example(prompt, response[:max_len - len(prompt)]))
+    if not examples:
+        raise ValueError(f"{path}: every prompt is longer than {max_len} tokens")
+    return examples, cut
+
+
+def load_preferences(path, tokenizer, max_len):
+    """output_1 / output_2 / preference rows (AlpacaFarm), or chosen / rejected rows -> Pairs, and how many were cut."""
+    pairs, cut = [], 0
+    for i, row in enumerate(read_rows(path)):
+        where = f"{path}, row {i}"
+        prompt = tokenizer.encode(prompt_of(row, where), bos=True)
+        if isinstance(row, dict) and "chosen" in row:
+            texts = text_field(row, "chosen", where), text_field(row, "rejected", where)
+        else:
+            texts = text_field(row, "output_1", where), text_field(row, "output_2", where)
+            preference = row.get("preference")
+            if isinstance(preference, bool) or preference not in (1, 2):
+                raise ValueError(f"{where}: 'preference' must be 1 or 2 (the better output), got {preference!r}")
+            texts = texts if preference == 1 else texts[::-1]
+        answers = [tokenizer.encode_response(t) for t in texts]
+        cut += len(prompt) + max(map(len, answers)) > max_len
+        room = max_len - len(prompt)
+        if room > 0 and answers[0][:room] != answers[1][:room]:
+            pairs.append(Pair(prompt, answers[0][:room], answers[1][:room], row))
+    if not pairs:
+        raise ValueError(f"{path}: no pair differs within {max_len} tokens")
+    return pairs, cut
+
+
+def load_prompts(path, tokenizer, prompt_len=None, rows=None):
+    """instruction / input rows (of a file, or given) -> (prompts as ids, their rows, how many were dropped for being over
+    prompt_len tokens)."""
+    rows = read_rows(path) if rows is None else rows
+    prompts = [tokenizer.encode(prompt_of(row, f"{path}, row {i}"), bos=True) for i, row in enumerate(rows)]
+    kept = [i for i, p in enumerate(prompts) if prompt_len is None or len(p) <= prompt_len]
+    if not kept:
+        shortest = min(map(len, prompts))
+        raise ValueError(f"{path}: all {len(prompts)} prompts are longer than --prompt_len {prompt_len} "
+                         f"(the shortest has {shortest} tokens): raise it")
+    return [prompts[i] for i in kept], [rows[i] for i in kept], len(prompts) - len(kept)
+
+
+def load_eval_rows(path, tokenizer, prompt_len, drop_long=False):
+    """Rows with instruction, input and a reference output -> the same rows, in order, with `prompt` (ids) added.
+
+    A prompt of more than prompt_len tokens does not fit the model: ValueError, unless drop_long.
+    """
+    rows = [dict(row, prompt=tokenizer.encode(prompt_of(row, f"{path}, row {i}"), bos=True), index=i,
+                 output=text_field(row, "output", f"{path}, row {i}")) for i, row in enumerate(read_rows(path))]
+    fitting = [row for row in rows if len(row["prompt"]) <= prompt_len]
+    if not fitting or len(fitting) < len(rows) and not drop_long:
+        raise ValueError(f"{path}: {len(rows) - len(fitting)} of {len(rows)} prompts are longer than the {prompt_len} tokens "
+                         "that --response_len leaves of this model's positions: lower it, or give --eval_drop_long")
+    return fitting
+
+
+def split_by_instruction(pairs, share, seed):
+    """Pairs -> (those to train on, those held out): no instruction is in both, about `share` of them is held out."""
+    prompts = sorted({tuple(p.prompt) for p in pairs})
+    random.Random(f"{seed} held out").shuffle(prompts)
+    held = set(prompts[:max(1, round(share * len(prompts)))])
+    train, test = [p for p in pairs if tuple(p.prompt) not in held], [p for p in pairs if tuple(p.prompt) in held]
+    if not train:
+        raise ValueError(f"all {len(pairs)} pairs have the same instruction: nothing would be left to train on")
+    return train, test
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+def permutation(n, seed, epoch):
+    """A shuffle of range(n) that belongs to (seed, epoch) alone."""
+    order = list(range(n))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
+def batch_indices(n, batch_size, seed, step):
+    """Indices of batch number `step` (from 0) of an endless stream of shuffled epochs over n items.
+
+    A function of its arguments: to resume at a step, ask for that step.
+    """
+    first, picked = step * batch_size, []
+    while len(picked) < batch_size:
+        epoch, offset = divmod(first + len(picked), n)
+        picked += permutation(n, seed, epoch)[offset:offset + batch_size - len(picked)]
+    return picked
+
+
+def pack(prompts, responses):
+    """Lists of ids -> tokens (B, T) packed from the left and padded on the right, prompt_lengths (B,), response_lengths (B,)."""
+    tokens = pad_right([p + r for p, r in zip(prompts, responses)])
+    return tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses])
+
+
+def length_mask(lengths, width):
+    """(B, width) bool, True in the first lengths[i] columns of row i."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def response_states(hidden, prompt_lengths, width):
+    """The states that predict the response: (B, T, D) -> (B, width, D); column j comes from index prompt_length + j - 1.
+
+    Columns beyond a row's response hold states of padding: the response mask leaves them out.
+    """
+    index = prompt_lengths[:, None] - 1 + torch.arange(width, device=hidden.device)
+    index = index.clamp(max=hidden.shape[1] - 1)
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def response_tokens(tokens, prompt_lengths, width):
+    """The response's ids: (B, T) -> (B, width), left-aligned."""
+    index = prompt_lengths[:, None] + torch.arange(width, device=tokens.device)
+    return tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))

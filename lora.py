@@ -1,0 +1,290 @@
+"""LoRA: low-rank adapters on linear layers (Hu et al., arXiv 2106.09685).
+
+         x ------------------+
+         |                   |
+      W (out, in)      lora_A (r, in)         h = W x + (alpha / r) * B A x        LoRA eq. 3
+      frozen                 |
+         |             lora_B (out, r)        A random, B = 0: a new adapter changes nothing
+         +------ + ----------+
+                 h
+
+A layer holds any number of *named* adapters beside its untouched base, so one frozen trunk can be policy, value and
+reward model at once; with no adapter active it is the reference model. Which one is active is always explicit:
+
+    add_lora(model, "policy", r=8, alpha=64)
+    with adapter(model, "policy"): ...        # the policy
+    with adapter(model, None): ...            # the reference, the same as outside of every `with`
+
+Departures from the paper's code, and why:
+1. A and B are float32 whatever the trunk's dtype: bf16 has 8 bits of mantissa, and at lr 1e-5 most of A would never move
+   (a step is smaller than half the spacing of the numbers). They are cast to the trunk's dtype in the forward.
+2. Dropout defaults to 0, and 0 means 0.
+3. Merging is an export function. Nothing is merged in place during training.
+4. With activation checkpointing, the backward recomputes each block after the `with` has closed. The active name is
+   captured in the forward and entered again (`recompute_context`); otherwise gradients would silently be the base's.
+"""
+import json
+import math
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+PEFT_NAMES = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+              "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+PEFT_PARENTS = {"attention": "self_attn", "feed_forward": "mlp"}
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its adapters. lora_A[name] (r, in), lora_B[name] (out, r), both float32."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.alpha, self.dropout = {}, {}
+        self.active = None
+
+    def add(self, name, r, alpha, dropout):
+        out_features, in_features = self.base.weight.shape
+        device = self.base.weight.device
+        self.lora_A[name] = nn.Parameter(torch.empty(r, in_features, device=device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(out_features, r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))       # uniform(+-1 / sqrt(in)), as loralib and PEFT
+        self.alpha[name], self.dropout[name] = alpha, dropout
+
+    def remove(self, name):
+        for d in (self.lora_A, self.lora_B, self.alpha, self.dropout):
+            del d[name]
+
+    def rank(self, name):
+        return self.lora_A[name].shape[0]
+
+    def scaling(self, name):
+        return self.alpha[name] / self.rank(name)
+
+    def forward(self, x):
+        out = self.base(x)
+        if self.active is None:
+            return out
+        A, B = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
+        x = F.dropout(x, self.dropout[self.active], self.training)
+        return out + F.linear(F.linear(x, A), B) * self.scaling(self.active)
+
+
+def lora_layers(model, name=None):
+    """[(module path, LoRALinear)] of a model; with a name, those that hold that adapter."""
+    return [(path, m) for path, m in model.named_modules()
+            if isinstance(m, LoRALinear) and (name is None or name in m.lora_A)]
+
+
+def adapter_names(model):
+    """Names of all adapters of a model, sorted."""
+    return sorted({name for _, layer in lora_layers(model) for name in layer.lora_A})
+
+
+def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo")):
+    """Add an adapter to every linear layer called by one of `targets`; freeze everything else that is no adapter.
+
+    The new adapter computes exactly what the base computes (B = 0) and is not active until `adapter(model, name)`.
+    ValueError: r < 1, dropout outside [0, 1), a name in use, a target that the model does not have.
+    """
+    if r < 1 or not 0 <= dropout < 1:
+        raise ValueError(f"adapter {name}: r {r} must be at least 1 and dropout {dropout} in [0, 1)")
+    if lora_layers(model, name):
+        raise ValueError(f"there is an adapter called {name} already: remove or merge it first")
+    modules = dict(model.named_modules())
+    found = {t: [p for p, m in modules.items() if p.split(".")[-1] == t and isinstance(m, (nn.Linear, LoRALinear))]
+             for t in targets}
+    for target, paths in found.items():
+        if not paths:
+            raise ValueError(f"adapter {name}: the model has no linear layer called {target}")
+    for path in sorted(p for paths in found.values() for p in paths):
+        layer = modules[path]
+        if not isinstance(layer, LoRALinear):
+            parent, child = path.rpartition(".")[::2]
+            layer = LoRALinear(layer).train(model.training)
+            setattr(modules[parent], child, layer)
+        layer.add(name, r, alpha, dropout)
+    for path, p in model.named_parameters():
+        p.requires_grad_(".lora_" in path)
+    for m in modules.values():
+        if hasattr(m, "checkpoint_context"):
+            m.checkpoint_context = recompute_context
+
+
+@contextmanager
+def adapter(model, name):
+    """Inside, the layers of `model` use the adapter `name`, or none (None: the base model). Nests; restores on exit.
+
+    ValueError if no layer holds that adapter.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+    if name is not None and not any(name in layer.lora_A for layer in layers):
+        raise ValueError(f"no adapter called {name}: the model has {adapter_names(model) or 'none'}")
+    before = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = name if name in layer.lora_A else None
+    try:
+        yield model
+    finally:
+        for layer, active in zip(layers, before):
+            layer.active = active
+
+
+def recompute_context(model):
+    """(context of the forward, context of its recomputation) of a checkpointed block; called when the block is run."""
+    active = next((layer.active for _, layer in lora_layers(model) if layer.active is not None), None)
+    return nullcontext(), adapter(model, active)
+
+
+def lora_parameters(model, name):
+    """A and B of one adapter, layer by layer: the parameters that an optimiser trains."""
+    return [p for _, layer in lora_layers(model, name) for p in (layer.lora_A[name], layer.lora_B[name])]
+
+
+@torch.no_grad()
+def copy_lora(model, source, target):
+    """Overwrite the adapter `target` with the values of `source` (same layers and r)."""
+    for p, q in zip(lora_parameters(model, target), lora_parameters(model, source), strict=True):
+        p.copy_(q)
+
+
+@torch.no_grad()
+def merge_lora(model, name):
+    """W <- W + (alpha / r) B A in every layer, in float32, then drop the adapter. For export: training never merges.
+
+    When a layer's last adapter goes, the plain linear layer comes back.
+    """
+    modules = dict(model.named_modules())
+    if not lora_layers(model, name):
+        raise ValueError(f"no adapter called {name}: the model has {adapter_names(model) or 'none'}")
+    for path, layer in lora_layers(model, name):
+        weight = layer.base.weight
+        delta = layer.lora_B[name] @ layer.lora_A[name] * layer.scaling(name)
+        weight.copy_((weight.float() + delta).to(weight.dtype))
+        drop(modules, path, layer, name)
+
+
+def remove_lora(model, name):
+    """Drop an adapter without a trace: the base weights were never changed."""
+    modules = dict(model.named_modules())
+    for path, layer in lora_layers(model, name):
+        drop(modules, path, layer, name)
+
+
+def drop(modules, path, layer, name):
+    """Take one adapter off one layer; a layer without adapters becomes the plain linear layer again."""
+    layer.remove(name)
+    layer.active = None if layer.active == name else layer.active
+    if not layer.lora_A:
+        parent, child = path.rpartition(".")[::2]
+        setattr(modules[parent], child, layer.base)
+
+
+# ----------------------------------------------------------------------------------------------------- PEFT's files
+
+def peft_key(path, matrix):
+    """layers.0.attention.wq, lora_A -> base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"""
+    parts = [PEFT_PARENTS.get(p, PEFT_NAMES.get(p, p)) for p in path.split(".")]
+    return f"base_model.model.model.{'.'.join(parts)}.{matrix}.weight"
+
+
+def save_lora(model, name, folder, base_model=""):
+    """Write adapter_config.json and adapter_model.safetensors, in the layout and with the key names of PEFT."""
+    layers = lora_layers(model, name)
+    if not layers:
+        raise ValueError(f"no adapter called {name}: the model has {adapter_names(model) or 'none'}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = layers[0][1]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
+              "r": first.rank(name), "lora_alpha": first.alpha[name], "lora_dropout": first.dropout[name],
+              "target_modules": sorted({PEFT_NAMES.get(t, t) for t in targets_of(layers)}), "bias": "none",
+              "fan_in_fan_out": False, "inference_mode": True}
+    tensors = {peft_key(path, matrix): getattr(layer, matrix)[name].detach().cpu().contiguous()
+               for path, layer in layers for matrix in ("lora_A", "lora_B")}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def targets_of(layers):
+    """The layer names (wq, ..) among [(path, layer)]."""
+    return {path.split(".")[-1] for path, _ in layers}
+
+
+def read_adapter_config(folder):
+    """adapter_config.json of a PEFT folder, checked: plain LoRA without bias, rank patterns or other variants."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: expected adapter_config.json and adapter_model.safetensors")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
+    plain = {"peft_type": ("LORA",), "bias": ("none", None), "fan_in_fan_out": (False, None)}
+    unusual = [k for k, allowed in plain.items() if config.get(k) not in allowed]
+    unusual += [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
+                            "layers_to_transform", "layer_replication", "lora_bias", "use_qalora")
+                if config.get(k)]
+    if unusual:
+        raise ValueError(f"{path}: {unusual[0]} = {config.get(unusual[0])} is not implemented here (plain LoRA only)")
+    ours = {v: k for k, v in PEFT_NAMES.items()}
+    modules = config.get("target_modules")
+    if not isinstance(modules, list) or not set(modules) <= set(ours):
+        raise ValueError(f"{path}: target_modules {modules} must be a list of names among {sorted(ours)}")
+    return {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0),
+            "targets": tuple(sorted(ours[m] for m in modules))}
+
+
+def load_lora(model, name, folder):
+    """Read a PEFT folder into the adapter `name`, which is added if the model does not have it.
+
+    ValueError, naming what differs, if the file's r, alpha, targets or widths are not those of the adapter or model.
+    """
+    folder, config = Path(folder), read_adapter_config(folder)
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{folder}/adapter_model.safetensors cannot be read ({e})") from None
+    added = not lora_layers(model, name)
+    if added:
+        check_widths(model, tensors, config, folder)
+        add_lora(model, name, config["r"], config["alpha"], config["dropout"], config["targets"])
+    layers = lora_layers(model, name)
+    have = {"r": layers[0][1].rank(name), "alpha": layers[0][1].alpha[name], "targets": tuple(sorted(targets_of(layers)))}
+    for key, value in have.items():
+        if config[key] != value:
+            raise ValueError(f"adapter {name}: {folder} has {key} {config[key]}, expected {value}")
+    places = {peft_key(path, matrix): getattr(layer, matrix)[name]
+              for path, layer in layers for matrix in ("lora_A", "lora_B")}
+    check_tensors(places, tensors, folder)
+    with torch.no_grad():
+        for key, p in places.items():
+            p.copy_(tensors[key])
+
+
+def check_widths(model, tensors, config, folder):
+    """Refuse an adapter of another width or depth before the model is touched."""
+    expected = {}
+    for path, module in model.named_modules():
+        if path.split(".")[-1] in config["targets"] and isinstance(module, (nn.Linear, LoRALinear)):
+            out_features, in_features = getattr(module, "base", module).weight.shape
+            expected[peft_key(path, "lora_A")] = torch.empty(config["r"], in_features, device="meta")
+            expected[peft_key(path, "lora_B")] = torch.empty(out_features, config["r"], device="meta")
+    check_tensors(expected, tensors, folder)
+
+
+def check_tensors(places, tensors, folder):
+    """Names and shapes of an adapter file against the places that they go to."""
+    odd = sorted(set(places) ^ set(tensors))
+    if odd:
+        raise ValueError(f"{folder}: tensor {odd[0]} is {'missing' if odd[0] in places else 'not in this model'}")
+    for key, p in places.items():
+        if tensors[key].shape != p.shape:
+            raise ValueError(f"{folder}: {key} has shape {tuple(tensors[key].shape)}, expected {tuple(p.shape)}: "
+                             "another r or another model's width")

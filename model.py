@@ -1,0 +1,628 @@
+"""LLaMA: layers, KV cache, sampler, checkpoint files (Touvron et al., arXiv 2302.13971 and 2307.09288).
+
+This is the network that everything else trains or reads. It does not know that LoRA exists: `lora.py` swaps some of
+its linear layers for layers that know.
+
+Legend   B batch, T tokens, V vocabulary, D width, H query heads, K key/value heads, F feed-forward width, d head width,
+         S cache slots, N response tokens of a whole batch laid end to end
+
+    tokens (B, T) -> tok_embeddings -> x (B, T, D)
+    n_layers times:  x = x + attention(attention_norm(x))        wq wk wv -> rotate q, k -> softmax(q k' / sqrt d) v -> wo
+                     x = x + feed_forward(ffn_norm(x))           w2(silu(w1 x) * w3 x)
+    norm -> `hidden` (B, T, D) -> output -> logits (B, T, V)
+
+Decisions that are easy to get wrong:
+1. Names are Meta's (wq, w1, attention_norm); the order of rotary pairs inside a head is Hugging Face's (first half,
+   second half), so Hugging Face weights load by renaming alone. Meta's files interleave the pairs: wq and wk rows are
+   permuted once, on reading.
+2. Padding is on the right only. With a causal mask no real token can see it, so training builds no mask at all.
+3. A token costs one uniform number (inverse CDF), keyed by (seed, row): what a row samples depends neither on its
+   batch mates nor on how many processes share the work.
+"""
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+BANNED = -1e30  # logit of an id that must not be drawn: probability 0, yet finite, so that 0 * BANNED is 0 and not NaN
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a LLaMA. The defaults are LLaMA-7B: 6,738,415,616 parameters."""
+    vocab_size: int = 32000
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None      # None: as many as n_heads (no grouped-query attention)
+    ffn_dim: int = 11008
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_seq_len: int = 2048
+    tie_embeddings: bool = False
+    head_dim: int | None = None        # None: dim / n_heads
+
+    def __post_init__(self):
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head width {self.head_dim} is odd: rotary embeddings turn pairs")
+
+
+# ---------------------------------------------------------------------------------------------------------- layers
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the statistics in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_angles(positions, head_dim, theta):
+    """cos and sin of position * theta^(-2i/d), float32 (RoFormer, eq. 15). positions (...,) -> two of (..., d/2)."""
+    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[..., None] * theta ** (-i / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i + d/2}) of every head by its position's angle. x (B, H, T, d); cos, sin (.., T, d/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with n_kv_heads < n_heads, each key/value head serves a group of query heads."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        B, T, _ = x.shape
+        q, k, v = (w(x).view(B, T, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)          # (B, H, T, d), (B, K, T, d)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.update(layer, k, v)               # (B, K, S, d) twice, (B, 1, 1, S) or None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                             enable_gqa=q.shape[1] != k.shape[1])
+        return self.wo(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x); w1 is the gate, w3 goes up, w2 comes down (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.w1 = nn.Linear(c.dim, c.ffn_dim, bias=False)
+        self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
+        self.w3 = nn.Linear(c.dim, c.ffn_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.attention_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attention = Attention(c)
+        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.feed_forward = FeedForward(c)
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+def no_context(model):
+    """Nothing around a checkpointed block, neither in the forward nor in the recomputation."""
+    return nullcontext(), nullcontext()
+
+
+class Llama(nn.Module):
+    """The transformer. `lm_head=False` leaves the output matrix out (reward models have no use for it)."""
+
+    def __init__(self, config, lm_head=True):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if lm_head else None
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+        self.tie()
+        self.checkpoint_activations = False      # True: keep one (B, T, D) per block, recompute the rest in the backward
+        self.checkpoint_context = no_context     # model -> (forward context, recompute context); lora.py sets it
+
+    def tie(self):
+        """Make the output matrix the embedding matrix, if the config says so."""
+        if self.output is not None and self.config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def hidden(self, tokens, cache=None):
+        """tokens (B, T) int64 -> (B, T, D), after the final norm.
+
+        With a cache: the first call takes the right-padded prompts, each later call one new token per row.
+        """
+        c = self.config
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]    # (1, T)
+        if cache is not None:
+            positions = cache.begin(positions)                                   # (1, T), or (B, 1) when decoding
+        if positions.shape[1] > c.max_seq_len:
+            raise ValueError(f"{positions.shape[1]} tokens are more than max_seq_len {c.max_seq_len} of this model")
+        x = self.tok_embeddings(tokens)
+        cos, sin = (a[:, None].to(x.dtype) for a in rope_angles(positions, c.head_dim, c.rope_theta))
+        for i, layer in enumerate(self.layers):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False,
+                               context_fn=lambda: self.checkpoint_context(self))
+            else:
+                x = layer(x, cos, sin, cache, i)
+        return self.norm(x)
+
+    def forward(self, tokens):
+        """tokens (B, T) int64 -> logits (B, T, V); logits[:, t] are about token t + 1."""
+        return self.output(self.hidden(tokens))
+
+    @property
+    def device(self):
+        return self.tok_embeddings.weight.device
+
+
+def response_logprobs(head, hidden, targets, banned_mask=None, ref=None, divergence=None, max_logits=1 << 24):
+    """Log-probability of each target, entropy, and what the reference says of the same positions; never all logits at once.
+
+    head: the output layer. hidden (N, D): the states that predict the targets (N,). banned_mask (V,) bool: ids that
+    the sampler never draws; the same ban applies here, or the ratio of PPO would not be 1. ref: (ref head,
+    ref hidden (N, D)), frozen. divergence: function (logits, ref_logits) -> (N,), differentiated with respect to logits.
+    Logits are made at most `max_logits` at a time, in float32; with several chunks each is recomputed in the backward
+    pass. Returns logprobs (N,) [nats], entropy (N,) [nats, detached], ref_logprobs (N,) or None, divergence (N,) or None.
+    """
+    def chunk(hidden, ref_hidden, targets):
+        logits = masked_logits(head, hidden, banned_mask)                        # (n, V)
+        logp = F.log_softmax(logits, dim=-1)
+        taken = logp.gather(-1, targets[:, None])[:, 0]
+        logp = logp.detach()
+        entropy = -(logp.exp() * logp).sum(-1)
+        if ref is None:
+            return taken, entropy
+        with torch.no_grad():
+            ref_logits = masked_logits(ref[0], ref_hidden, banned_mask)
+            ref_taken = F.log_softmax(ref_logits, dim=-1).gather(-1, targets[:, None])[:, 0]
+        return taken, entropy, ref_taken, divergence(logits, ref_logits)
+
+    n = max(1, max_logits // head.weight.shape[0])
+    parts = list(zip(hidden.split(n), (hidden if ref is None else ref[1]).split(n), targets.split(n)))
+    if len(parts) > 1 and torch.is_grad_enabled():
+        outs = [checkpoint(chunk, *part, use_reentrant=False) for part in parts]
+    else:
+        outs = [chunk(*part) for part in parts]
+    outs = [torch.cat(column) for column in zip(*outs)]
+    return tuple(outs) if ref is not None else (*outs, None, None)
+
+
+def masked_logits(head, hidden, banned_mask=None):
+    """float32 logits (.., V) with BANNED at the ids of banned_mask (V,)."""
+    logits = head(hidden).float()
+    return logits if banned_mask is None else logits.masked_fill(banned_mask, BANNED)
+
+
+def ban_mask(vocab_size, banned_ids, device="cpu"):
+    """(V,) bool, True at the ids that are never sampled."""
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[[i for i in banned_ids if 0 <= i < vocab_size]] = True
+    return mask.to(device)
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+class KVCache:
+    """Keys and values of all layers, allocated once; every row has its own length and writes at its own position."""
+
+    def __init__(self, config, rows, slots, device, dtype):
+        shape = (rows, config.n_kv_heads, slots, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.lengths = None      # (B,) tokens stored per row, set after the prompts are in
+        self.used = 0            # no row is longer than this
+        self.mask = None
+
+    def begin(self, positions):
+        """Positions of the tokens that come now; when decoding, also each row's mask over the slots."""
+        if self.lengths is None:
+            return positions                                                      # the prompts: 0..T-1
+        slots = torch.arange(self.used + 1, device=positions.device)
+        self.mask = (slots <= self.lengths[:, None])[:, None, None]               # (B, 1, 1, S)
+        return self.lengths[:, None]
+
+    def update(self, layer, k, v):
+        """Store k, v (B, K, T, d) of one layer; return the keys, values and mask that its queries may see."""
+        if self.lengths is None:
+            self.k[layer][:, :, :k.shape[2]], self.v[layer][:, :, :v.shape[2]] = k, v
+            return k, v, None
+        rows = torch.arange(len(self.lengths), device=k.device)
+        self.k[layer][rows, :, self.lengths], self.v[layer][rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
+        return self.k[layer][:, :, :self.used + 1], self.v[layer][:, :, :self.used + 1], self.mask
+
+    def advance(self):
+        """One token per row has been stored."""
+        self.lengths, self.used = self.lengths + 1, self.used + 1
+
+    def keep(self, rows):
+        """Drop all rows but these; layer by layer, so that the copy is small."""
+        for i in range(len(self.k)):
+            self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
+        self.lengths = self.lengths[rows]
+
+
+def uniforms(seed, row, n):
+    """n numbers in [0, 1) that belong to one row of one seed and to nothing else."""
+    key = hashlib.sha256(f"{seed} {row}".encode()).digest()[:7]
+    return torch.rand(n, generator=torch.Generator().manual_seed(int.from_bytes(key, "big")))
+
+
+def nucleus(probs, top_p):
+    """Zero all but the smallest set of most probable ids whose mass reaches top_p (Holtzman et al., arXiv 1904.09751)."""
+    p, ids = probs.sort(dim=-1, descending=True, stable=True)
+    mass_before = p.double().cumsum(-1) - p
+    return torch.zeros_like(probs).scatter(-1, ids, torch.where(mass_before < top_p, p, 0.0))
+
+
+def sample(logits, u, temperature=1.0, top_p=1.0):
+    """Inverse CDF: the first id whose cumulative probability exceeds u * total. logits (B, V), u (B,) -> ids (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        probs = nucleus(probs, top_p)
+    cumulative = probs.cumsum(-1)
+    total = cumulative[:, -1:]
+    # u * total may round up to total, which nothing exceeds: stay one float below it.
+    threshold = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def pad_right(rows, fill=0):
+    """Lists of ids of any lengths -> (B, T) int64, the empty places on the right filled (masks decide, not the fill)."""
+    width = max(map(len, rows))
+    return torch.tensor([list(row) + [fill] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+
+@contextmanager
+def eval_mode(model):
+    """Dropout off inside, as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=2, seed=0, banned_ids=(0, 1),
+             batch_size=None, row_ids=None, return_logprobs=False):
+    """Sample a continuation of each prompt; the EOS is included, a row that never draws it has max_new_tokens ids.
+
+    prompts: list of non-empty id lists of any lengths. temperature 0 is greedy. Ids in banned_ids are never drawn.
+    batch_size: rows decoded at once (None: all), nearest lengths together. row_ids: the key of each row's random
+    numbers (None: its index), so that a share of a batch draws what the whole batch would.
+    Returns a list of lists of ids, in the order of the prompts; with return_logprobs also the log-probability that the
+    model (at temperature 1, the banned ids left out) gave to each of them, a list of lists of floats.
+    """
+    check_generate(model, prompts, max_new_tokens, temperature, top_p)
+    row_ids = range(len(prompts)) if row_ids is None else row_ids
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size = batch_size or len(prompts)
+    banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
+    responses, logprobs = [None] * len(prompts), [None] * len(prompts)
+    with eval_mode(model):
+        for group in (order[i:i + size] for i in range(0, len(order), size)):
+            u = torch.stack([uniforms(seed, row_ids[i], max_new_tokens) for i in group])
+            pick = lambda logits, u: sample(logits, u, temperature, top_p)
+            ids, logps = decode(model, [prompts[i] for i in group], u, pick, eos_id, banned, return_logprobs)
+            for i, row, logp in zip(group, ids, logps):
+                responses[i] = row[:row.index(eos_id) + 1] if eos_id in row else row
+                logprobs[i] = logp[:len(responses[i])]
+    return (responses, logprobs) if return_logprobs else responses
+
+
+def check_generate(model, prompts, max_new_tokens, temperature, top_p):
+    """Refuse what cannot be generated, in one line."""
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"got max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: "
+                         "expected at least 1, at least 0, and above 0 up to 1")
+    if not all(prompts):
+        raise ValueError("a prompt is empty: expected at least one id (BOS) in each")
+    longest = max(map(len, prompts), default=0)
+    if longest + max_new_tokens > model.config.max_seq_len:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+                         f"max_seq_len {model.config.max_seq_len}: shorten one of them")
+    highest = max((max(p) for p in prompts), default=0)
+    if highest >= model.config.vocab_size or min((min(p) for p in prompts), default=0) < 0:
+        raise ValueError(f"prompt ids must lie in 0..{model.config.vocab_size - 1}, got {highest}: wrong tokenizer?")
+
+
+def decode(model, prompts, u, pick, eos_id, banned, with_logprobs):
+    """Decode one group of prompts together. u (B, max_new_tokens) uniforms; pick(logits, u) -> ids.
+
+    Rows that have drawn EOS leave the batch (looked for every 8 tokens, dropped once they are an eighth of it).
+    Returns ids and log-probabilities, lists of B rows, EOS (and 0.0) repeated after the end of a row.
+    """
+    max_new, device = u.shape[1], model.device
+    u = u.to(device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new, device, model.tok_embeddings.weight.dtype)
+    x = model.hidden(pad_right(prompts).to(device), cache)                       # (B, T, D)
+    x = x[torch.arange(len(prompts), device=device), lengths - 1]                # (B, D), the last prompt token's
+    cache.lengths, cache.used = lengths, int(lengths.max())
+    out = torch.full(u.shape, eos_id, device=device)                             # (B, max_new)
+    logprobs = torch.zeros(u.shape, device=device)
+    alive = torch.arange(len(prompts), device=device)                            # rows of `out` still in the batch
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for t in range(max_new):
+        logits = masked_logits(model.output, x, banned)                          # (B, V)
+        token = torch.where(done, eos_id, pick(logits, u[alive, t]))
+        out[alive, t] = token
+        if with_logprobs:
+            logprobs[alive, t] = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+        done |= token == eos_id
+        if t % 8 == 7:
+            finished = int(done.sum())
+            if finished == len(alive):
+                break
+            if finished * 8 >= len(alive):
+                rows = (~done).nonzero()[:, 0]
+                cache.keep(rows)
+                alive, token, done = alive[rows], token[rows], done[rows]
+        if t + 1 < max_new:
+            x = model.hidden(token[:, None], cache)[:, 0]
+            cache.advance()
+    return out.tolist(), logprobs.tolist()
+
+
+# ------------------------------------------------------------------------------------------------ checkpoint files
+
+HF_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "layers": "model.layers",
+            "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "wq": "q_proj", "wk": "k_proj",
+            "wv": "v_proj", "wo": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
+            "attention": "self_attn", "feed_forward": "mlp"}
+OUR_NAMES = {v.removeprefix("model."): k for k, v in HF_NAMES.items()}
+
+
+def hf_name(name):
+    """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight"""
+    return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
+
+
+def our_name(name):
+    """model.layers.0.self_attn.q_proj.weight -> layers.0.attention.wq.weight"""
+    return ".".join(OUR_NAMES.get(part, part) for part in name.removeprefix("model.").split("."))
+
+
+def load_llama(path, device="cpu", dtype=torch.float32):
+    """Read a model from a Hugging Face folder (config.json) or a Meta folder (params.json), told apart by their files.
+
+    Tensors are read one at a time and cast on the way. ValueError names what is missing, extra, of a wrong shape, or
+    not implemented here; FileNotFoundError if there is no model.
+    """
+    path = Path(path)
+    if is_meta_folder(path):
+        config, tensors = meta_checkpoint(path)
+    else:
+        config, tensors = read_model_config(path), hf_tensors(path)
+    model = empty_llama(config, device, dtype)
+    fill(model, ((our_name(name), t) for name, t in tensors), path)
+    return model
+
+
+def is_meta_folder(path):
+    """Meta's layout (True) or Hugging Face's (False); FileNotFoundError if neither."""
+    if (Path(path) / "config.json").is_file():
+        return False
+    if (Path(path) / "params.json").is_file():
+        return True
+    raise FileNotFoundError(f"{path} holds no model: expected config.json (Hugging Face) or params.json (Meta)")
+
+
+def read_model_config(path):
+    """LlamaConfig of a model folder, without reading its weights."""
+    path = Path(path)
+    return meta_checkpoint(path)[0] if is_meta_folder(path) else hf_config(read_json(path / "config.json"), path)
+
+
+def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):
+    """A model whose weights are allocated once, in their final dtype, and hold nothing yet."""
+    with torch.device("meta"):
+        model = Llama(config, lm_head).to(dtype)
+    model.to_empty(device=device).tie()
+    return model
+
+
+def read_json(path):
+    """A JSON file's content; a ValueError that names file and line if it is broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from None
+
+
+def hf_config(raw, path):
+    """Hugging Face's config.json -> LlamaConfig; refuses by name what this code does not implement."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    refused = {"model_type": raw.get("model_type", "llama") != "llama", "rope_scaling": rope_type != "default",
+               "attention_bias": bool(raw.get("attention_bias")), "mlp_bias": bool(raw.get("mlp_bias")),
+               "hidden_act": raw.get("hidden_act", "silu") != "silu"}
+    if any(refused.values()):
+        what = next(k for k, v in refused.items() if v)
+        raise ValueError(f"{path}/config.json: {what} = {raw.get(what)} is not implemented here (plain LLaMA only)")
+    try:
+        return LlamaConfig(
+            vocab_size=raw["vocab_size"], dim=raw["hidden_size"], n_layers=raw["num_hidden_layers"],
+            n_heads=raw["num_attention_heads"], n_kv_heads=raw.get("num_key_value_heads"),
+            ffn_dim=raw["intermediate_size"], norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 10000.0))),
+            max_seq_len=raw.get("max_position_embeddings", 2048), tie_embeddings=raw.get("tie_word_embeddings", False),
+            head_dim=raw.get("head_dim"))
+    except KeyError as e:
+        raise ValueError(f"{path}/config.json has no {e}: is this a LLaMA?") from None
+
+
+def hf_tensors(path):
+    """Yield (name, tensor) of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    index = path / "model.safetensors.index.json"
+    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    missing = [s for s in shards if not (path / s).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} has no {missing[0]}" + (f", which {index.name} names" if index.is_file() else ""))
+    for shard in shards:
+        try:
+            with safe_open(path / shard, framework="pt") as f:
+                for name in f.keys():
+                    yield name, f.get_tensor(name)
+        except SafetensorError as e:
+            raise ValueError(f"{path / shard} cannot be read ({e}): truncated?") from None
+
+
+def meta_checkpoint(path):
+    """Meta's params.json and consolidated.*.pth -> LlamaConfig and an iterator of (our name, tensor).
+
+    Model-parallel shards are joined on the side that was split; rotary pairs go from interleaved to half-split.
+    """
+    files = sorted(path.glob("consolidated.*.pth"))
+    if not files:
+        raise FileNotFoundError(f"{path} has params.json but no consolidated.*.pth")
+    try:
+        shards = [torch.load(f, map_location="cpu", mmap=True, weights_only=True) for f in files]
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as e:
+        raise ValueError(f"{path}/consolidated.*.pth cannot be read ({str(e).splitlines()[0]})") from None
+    raw, first, n = read_json(path / "params.json"), shards[0], len(shards)
+    config = LlamaConfig(
+        vocab_size=first["output.weight"].shape[0] * n, dim=raw["dim"], n_layers=raw["n_layers"], n_heads=raw["n_heads"],
+        n_kv_heads=raw.get("n_kv_heads"), ffn_dim=first["layers.0.feed_forward.w1.weight"].shape[0] * n,
+        norm_eps=raw["norm_eps"], rope_theta=raw.get("rope_theta", 10000.0), max_seq_len=raw.get("max_seq_len", 2048))
+
+    def tensors():
+        for name in first:
+            kind = name.split(".")[-2]
+            parts = [shard[name] for shard in shards]
+            if kind.endswith("norm") or kind == "rope":
+                tensor = parts[0]
+            else:
+                tensor = torch.cat(parts, dim=1 if kind in ("wo", "w2", "tok_embeddings") else 0)
+            if kind in ("wq", "wk"):
+                tensor = half_split(tensor, config.head_dim)
+            yield name, tensor
+
+    return config, tensors()
+
+
+def half_split(weight, head_dim):
+    """Rows of wq or wk: within each head, pairs (0,1)(2,3).. -> first members, then second members."""
+    heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+@torch.no_grad()
+def fill(module, tensors, path):
+    """Copy named tensors into the module's parameters; a ValueError names what is missing, extra or wrongly shaped."""
+    params = dict(module.named_parameters(remove_duplicate=False))
+    ignored = ("rotary_emb.inv_freq", "rope.freqs")
+    tied = {"output.weight", "tok_embeddings.weight"} if getattr(module, "config", None) and module.config.tie_embeddings else set()
+    seen = set()
+    for name, tensor in tensors:
+        if name.endswith(ignored):
+            continue
+        if name not in params:
+            raise ValueError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in this model")
+        if tensor.shape != params[name].shape:
+            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(params[name].shape)}")
+        params[name].copy_(tensor)
+        seen.add(name)
+    if seen & tied:
+        seen |= tied
+    missing = sorted(set(params) - seen)
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+
+
+def hf_config_json(config, dtype):
+    """LlamaConfig -> the dictionary of Hugging Face's config.json."""
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size,
+            "hidden_size": config.dim, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+            "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "intermediate_size": config.ffn_dim,
+            "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "hidden_act": "silu",
+            "max_position_embeddings": config.max_seq_len, "tie_word_embeddings": config.tie_embeddings,
+            "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
+            "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def save_llama(model, path, **extra):
+    """Write a Hugging Face folder (config.json, model.safetensors) that load_llama and transformers read.
+
+    Adapters have to be merged first (lora.merge_lora); a model that still holds some is refused. `extra` keys join
+    config.json.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}   # tied weights: once
+    unknown = [name for name in tensors if name.split(".")[-2] not in HF_NAMES]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not a LLaMA weight: merge the adapters before saving")
+    save_weights({hf_name(name): t for name, t in tensors.items()}, path / "model.safetensors")
+    config = hf_config_json(model.config, model.tok_embeddings.weight.dtype)
+    (path / "config.json").write_text(json.dumps(config | extra, indent=1))
+
+
+def save_weights(tensors, path):
+    """A safetensors file under a temporary name, then renamed: nobody ever sees half of it."""
+    save_file(tensors, f"{path}.tmp", metadata={"format": "pt"})
+    os.replace(f"{path}.tmp", path)
+
+
+def fingerprint(model):
+    """A short hash of a model's sizes and of 64 values of each weight: the same before and after a change of dtype."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            flat = p.detach().flatten()
+            picked = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
+            digest.update(name.replace(".base.", ".").encode() + picked.bfloat16().cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

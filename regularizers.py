@@ -1,0 +1,92 @@
+"""What keeps the policy near the reference: penalties on one sampled token, and exact divergences over the vocabulary.
+
+Legend   B batch, R response tokens, V vocabulary; p the policy, q the reference, r = q/p, d = log p - log q, all for the
+         token that was sampled from p; every quantity is in nats per token
+
+    name                   sampled(d)                                  expectation under p         >= 0
+    kl                     d                                   (k1)    KL(p || q)                  no
+    clamped_kl             max(d, 0)                                   > KL: loses the negatives   yes
+    squared_error          d^2 / 2                             (k2)    about KL when p is near q   yes
+    bregman                exp(-d) - 1 + d                     (k3)    KL(p || q)                  yes
+    jensen_shannon         (r log(2r/(1+r)) + log(2/(1+r))) / 2        JS(p, q)                    yes
+    jensen_shannon_paper   log(2/(1+exp(-|d|))) / 2                    neither JS nor quadratic    yes, <= log(2)/2
+
+k1, k2, k3 are Schulman's names (joschu.net/blog/kl-approx.html, 2020).
+
+Two ways to use a divergence, which are not the same:
+* in the reward: the sampled value is a number, charged to the token that was drawn, and the policy gradient of it is
+  E_p[f(d) grad log p]. But grad E_p[f(d)] = E_p[f(d) grad log p] + E_p[f'(d) grad log p]: the second half is lost. For k1
+  it is E_p[grad log p] = 0, nothing is lost, and the gradient is that of KL. k2, k3 and JS are of second order in d, and
+  so is what is left of them: near p = q, where training happens, they hardly push. Share of KL's gradient that each
+  keeps (by enumeration, V = 200, token KL 0.1): k1 1.00, clamped about .6, k2 .13, paper-JS .05, k3 .05, unbiased JS 0.
+  So most "other regularisers" in the reward are close to none at all.
+* in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one.
+
+Departures from the paper's code: its Jensen-Shannon (kept as jensen_shannon_paper) is linear in d near 0, where JS is
+quadratic; its forms took exp(logprob) first and were inf or NaN near -110. Here everything stays in log space, and the
+difference of nearly equal terms is taken in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is
+clamped: for d below -88, k3 and JS overflow float32, and the run stops and says so.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+SAMPLED = ("kl", "clamped_kl", "bregman", "squared_error", "jensen_shannon", "jensen_shannon_paper")
+EXACT = ("kl", "reverse_kl", "jensen_shannon")
+LOG2 = math.log(2.0)
+
+
+def log_half_sum(d):
+    """log((1 + exp(d)) / 2) without overflow and exactly 0 at d = 0."""
+    return torch.where(d < 1, torch.log1p(torch.expm1(d.clamp(max=1.0)) / 2), F.softplus(d, threshold=40) - LOG2)
+
+
+def sampled(name, logprobs, ref_logprobs):
+    """One-sample penalty of each token: logprobs, ref_logprobs (B, R) of the sampled tokens -> (B, R), nats.
+
+    See the table above for the formulas and their bias. ValueError for a name that is not in SAMPLED.
+    """
+    if name not in SAMPLED:
+        raise ValueError(f"no sampled regularizer called {name}: choose from {', '.join(SAMPLED)}")
+    d = logprobs.double() - ref_logprobs.double()
+    if name == "kl":
+        penalty = d
+    elif name == "clamped_kl":
+        penalty = d.clamp(min=0)
+    elif name == "squared_error":
+        penalty = d.square() / 2
+    elif name == "bregman":
+        penalty = torch.expm1(-d) + d
+    elif name == "jensen_shannon":
+        # r = exp(-d): log(2r/(1+r)) = -log((1+e^d)/2) and log(2/(1+r)) = -log((1+e^-d)/2)
+        penalty = -(torch.exp(-d) * log_half_sum(d) + log_half_sum(-d)) / 2
+    else:
+        penalty = -log_half_sum(-d.abs()) / 2
+    return penalty.to(logprobs.dtype)
+
+
+def exact(name, logits, ref_logits):
+    """Divergence of two next-token distributions, summed over the vocabulary: logits (B, R, V) -> (B, R), nats.
+
+    kl           KL(p || q) = sum p (log p - log q)
+    reverse_kl   KL(q || p)
+    jensen_shannon   (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; at most log 2
+    Differentiable in both; exactly 0 for equal logits. ValueError for a name that is not in EXACT.
+    """
+    if name not in EXACT:
+        raise ValueError(f"no exact divergence called {name}: choose from {', '.join(EXACT)}")
+    floor = -1e30      # a logit of -inf: probability 0 with finite arithmetic, so that 0 * log 0 is 0 in gradients too
+    logp = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, dim=-1).clamp(min=floor)
+    logq = F.log_softmax(ref_logits.float() if ref_logits.dtype != torch.float64 else ref_logits, dim=-1).clamp(min=floor)
+    if name == "kl":
+        return kl_terms(logp, logq)
+    if name == "reverse_kl":
+        return kl_terms(logq, logp)
+    logm = torch.logaddexp(logp, logq) - LOG2
+    return (kl_terms(logp, logm) + kl_terms(logq, logm)) / 2
+
+
+def kl_terms(logp, logq):
+    """sum p (log p - log q) over the last dimension."""
+    return (logp.exp() * (logp - logq)).sum(-1)

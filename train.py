@@ -1,0 +1,878 @@
+"""The stages of RLHF - SFT, reward model, PPO - as plain DistributedDataParallel loops.
+
+    python train.py                                  one process, the toy world
+    torchrun --nproc_per_node=2 train.py             two processes, the same results
+    torchrun --nproc_per_node=2 train.py --stage ppo --model runs/sft --reward runs/reward --prompts unlabeled.json --out runs/ppo
+
+Read it from the bottom up or from the top down: settings, run folder, processes, the three stages, main.
+
+Legend   B sequences of a global batch, T tokens, R response tokens
+
+Departures from the paper's code (numbers as in the README):
+1. True accumulation: each loss is summed over tokens and divided by the *global* number of response tokens; one clip and
+   one optimiser step per minibatch. (The paper's code steps on each of 8 reuses of the same 16 sequences.)
+5. No dropout in the update by default; with it, old_logprobs are taken without.
+6. Token in, token out: the missing-EOS penalty looks at ids, the reward model scores the ids that were sampled.
+11. Checkpoints hold all that a resumed run needs, the first learning rate is above 0, logged KL is not clamped, logged
+   gradient norms are from before the clipping. Policy and value are clipped apart: they share no parameter.
+Every random number is a function of (seed, step, row or epoch), so no generator's state has to be saved, and results
+depend neither on the number of processes nor on where a run was interrupted.
+"""
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data import (Tokenizer, batch_indices, length_mask, load_eval_rows, load_preferences, load_prompts, load_sft, pack,
+                  permutation, split_by_instruction)
+from eval import accuracy_report, evaluate, load_run, pair_accuracy, report, score_pairs
+from lora import add_lora, lora_parameters, merge_lora
+from model import Llama, LlamaConfig, generate, load_llama, read_json, read_model_config, save_llama
+from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards, value_loss,
+                 whiten)
+from regularizers import EXACT, SAMPLED, sampled
+from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, save_policy, save_reward_model)
+
+STAGES = ("sft", "reward", "ppo")
+HERE = os.path.relpath(Path(__file__).resolve().parent)
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+def knob(default, help, low=None, choices=None):
+    """A setting: its default, what it means and in which unit, its smallest value or its choices."""
+    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings. Defaults are the paper's; without --model the dictionary TOY replaces some of them."""
+    stage: str = knob("all", "what to run", choices=("all", *STAGES))
+    model: str = knob("", "model folder to start from (none: a new tiny model for the toy world)")
+    reward: str = knob("", "reward model folder: a full model (two trunks) or an adapter on --model (one trunk)")
+    tokenizer: str = knob("", "sentencepiece file (default: tokenizer.model in --model)")
+    sft_data: str = knob("", "demonstrations: JSON rows of instruction, input, output")
+    preference_data: str = knob("", "comparisons: JSON rows of instruction, input, output_1, output_2, preference")
+    preference_test: str = knob("", "comparisons for the accuracy (default: --reward_holdout of --preference_data)")
+    prompts: str = knob("", "prompts for PPO: JSON rows of instruction, input")
+    eval_data: str = knob("", "evaluation: JSON rows of instruction, input and a reference output")
+    out: str = knob("runs/default", "run folder; the same command continues what is in it")
+    redo: str = knob("", "delete this stage of the run folder and what came after it, and run it again",
+                     choices=("", *STAGES, "eval"))
+    seed: int = knob(0, "seed of everything random", low=0)
+    dtype: str = knob("auto", "of frozen weights; auto is float32 on a CPU and bfloat16 on a GPU",
+                      choices=("auto", "float32", "bfloat16"))
+    max_len: int = knob(512, "longest row of the sft and reward stages, tokens; longer ones lose their tail", low=2)
+    micro_batch: int = knob(8, "sequences per forward pass of one process", low=1)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm, policy and value apart", low=0)
+    checkpoint_activations: bool = knob(False, "recompute each layer in the backward pass: less memory, a third more time")
+    save_every: int = knob(20, "steps between checkpoints", low=1)
+
+    sft_epochs: float = knob(3.0, "passes over --sft_data", low=0)
+    sft_steps: int = knob(0, "optimiser steps (0: from --sft_epochs)", low=0)
+    sft_batch: int = knob(128, "demonstrations per optimiser step", low=1)
+    sft_lr: float = knob(2e-5, "peak learning rate, cosine decay after 3 %% warm-up", low=0)
+    sft_lora_rank: int = knob(8, "rank of the SFT adapter, merged at the end (0: train all weights)", low=0)
+    sft_lora_alpha: float = knob(64.0, "alpha of the SFT adapter", low=0)
+    sft_lora_dropout: float = knob(0.0, "dropout of the SFT adapter", low=0)
+
+    reward_epochs: float = knob(1.0, "passes over --preference_data", low=0)
+    reward_steps: int = knob(0, "optimiser steps (0: from --reward_epochs)", low=0)
+    reward_batch: int = knob(16, "pairs per optimiser step", low=1)
+    reward_lr: float = knob(3e-6, "peak learning rate, cosine decay after 3 %% warm-up", low=0)
+    reward_lora_rank: int = knob(8, "rank of the reward adapter (0: train all weights)", low=0)
+    reward_lora_alpha: float = knob(64.0, "alpha of the reward adapter", low=0)
+    reward_lora_dropout: float = knob(0.0, "dropout of the reward adapter", low=0)
+    reward_holdout: float = knob(0.1, "share of the instructions of --preference_data kept for the accuracy", low=0)
+
+    steps: int = knob(781, "PPO steps, one rollout batch each (781: 10 passes over AlpacaFarm's 20,001 prompts)", low=1)
+    rollout_batch: int = knob(256, "responses per PPO step, over all processes", low=1)
+    minibatch: int = knob(128, "responses per optimiser step, over all processes", low=1)
+    ppo_epochs: int = knob(2, "passes over each rollout batch", low=1)
+    generate_batch: int = knob(0, "responses decoded at once by one process (0: all of its share)", low=0)
+    prompt_len: int = knob(192, "longest prompt, tokens; longer ones are dropped", low=1)
+    response_len: int = knob(300, "longest response, tokens", low=1)
+    lr: float = knob(1e-5, "peak learning rate, linear decay after --warmup_steps", low=0)
+    warmup_steps: int = knob(5, "PPO steps until the peak learning rate", low=0)
+    lora_rank: int = knob(8, "rank of the policy and value adapters (0: train all weights, keep a frozen reference)", low=0)
+    lora_alpha: float = knob(64.0, "alpha of the adapters: the update is scaled by alpha / rank", low=0)
+    lora_dropout: float = knob(0.0, "dropout of the adapters in the update (the paper: 0.1)", low=0)
+    gamma: float = knob(1.0, "discount", low=0)
+    lam: float = knob(0.95, "lambda of GAE", low=0)
+    clip: float = knob(0.2, "PPO's clip range of the ratio", low=0)
+    value_clip: float = knob(0.2, "clip range of the value around its old value", low=0)
+    vf_coef: float = knob(0.1, "weight of the value loss", low=0)
+    whiten_rewards: bool = knob(False, "divide shaped rewards by their standard deviation (never shifts them)")
+    regularizer: str = knob("kl", "penalty for leaving the reference", choices=("none", *dict.fromkeys(SAMPLED + EXACT)))
+    regularizer_mode: str = knob("reward", "charge the sampled penalty to the reward, or add the exact one to the loss",
+                                 choices=("reward", "loss"))
+    kl_coef: float = knob(0.02, "weight of the penalty (negative: pays for leaving)")
+    kl_target: float = knob(0.0, "true KL per sequence, nats, that the weight is steered to (0: the weight is fixed)", low=0)
+    kl_horizon: float = knob(10000.0, "sequences over which that steering acts", low=1)
+    missing_eos_penalty: float = knob(1.0, "subtracted from the score of a response that has no EOS")
+    eval_every: int = knob(0, "PPO steps between evaluations (0: only at the end)", low=0)
+    eval_drop_long: bool = knob(False, "leave out evaluation rows that do not fit the model (default: refuse them)")
+    eval_temperature: float = knob(0.7, "temperature of the evaluation's answers", low=0)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
+            if low is not None and value < low:
+                raise ValueError(f"--{f.name} {value} is below {low}")
+            if choices and value not in choices:
+                raise ValueError(f"--{f.name} {value!r} is not one of {', '.join(filter(None, choices))}")
+        if self.rollout_batch % self.minibatch:
+            raise ValueError(f"--rollout_batch {self.rollout_batch} is not a multiple of --minibatch {self.minibatch}: "
+                             f"try {self.minibatch} or {self.minibatch * (self.rollout_batch // self.minibatch + 1)}")
+        allowed = ("none", *(SAMPLED if self.regularizer_mode == "reward" else EXACT))
+        if self.regularizer not in allowed:
+            raise ValueError(f"--regularizer {self.regularizer} with --regularizer_mode {self.regularizer_mode}: the reward "
+                             f"takes one-sample penalties, the loss exact divergences; here one of {', '.join(allowed)}")
+        for name in ("lora_dropout", "sft_lora_dropout", "reward_lora_dropout", "reward_holdout"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be below 1")
+
+    def folder(self, stage):
+        """Where a stage writes: --out itself for a single stage with --model, else a folder of its own in it."""
+        return Path(self.out) if self.model and self.stage != "all" else Path(self.out) / stage
+
+    def input_model(self, stage):
+        """The model that a stage starts from: --model, or the SFT model of this run ("": a new one)."""
+        if stage == "sft" or (self.model and self.stage != "all"):
+            return self.model
+        return str(self.folder("sft"))
+
+    def reward_path(self):
+        """The reward model of the ppo stage."""
+        return self.reward or str(self.folder("reward"))
+
+    def trunk_dtype(self, device):
+        """The dtype of frozen weights on a device."""
+        name = self.dtype if self.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+        return getattr(torch, name)
+
+    @property
+    def divergence(self):
+        """Name of the exact divergence in the loss, or None."""
+        return self.regularizer if self.regularizer_mode == "loss" and self.regularizer != "none" else None
+
+
+TOY_MODEL = LlamaConfig(vocab_size=960, dim=128, n_layers=4, n_heads=4, ffn_dim=352, max_seq_len=256)
+TOY = {"tokenizer": f"{HERE}/toy/tokenizer.model", "sft_data": f"{HERE}/toy/sft.json",
+       "preference_data": f"{HERE}/toy/preference.json",
+       "preference_test": f"{HERE}/toy/preference_test.json", "prompts": f"{HERE}/toy/unlabeled.json",
+       "eval_data": f"{HERE}/toy/test.json", "out": "runs/toy", "micro_batch": 16,
+       "sft_epochs": 12.0, "sft_batch": 16, "sft_lr": 3e-3, "sft_lora_rank": 0, "max_len": 200,
+       "reward_epochs": 2.0, "reward_batch": 16, "reward_lr": 1e-3, "reward_lora_rank": 0,
+       "steps": 30, "rollout_batch": 64, "minibatch": 32, "lr": 3e-3, "warmup_steps": 3, "lora_alpha": 32.0,
+       "vf_coef": 1.0, "kl_coef": 0.05, "prompt_len": 100, "response_len": 100, "missing_eos_penalty": 3.0}
+
+SHARED = ("model", "tokenizer", "seed", "dtype", "max_grad_norm")
+READ_BY = {      # the settings that decide what a stage's result is; a run folder made with others is not continued
+    "sft": (*SHARED, "sft_data", "max_len", *(f.name for f in fields(Config) if f.name.startswith("sft_") and f.name != "sft_data")),
+    "reward": (*SHARED, "preference_data", "preference_test", "max_len", *(f.name for f in fields(Config) if f.name.startswith("reward_"))),
+    "ppo": (*SHARED, "reward", "prompts", "steps", "rollout_batch", "minibatch", "ppo_epochs", "prompt_len", "response_len",
+            "lr", "warmup_steps", "lora_rank", "lora_alpha", "lora_dropout", "gamma", "lam", "clip", "value_clip",
+            "vf_coef", "whiten_rewards", "regularizer", "regularizer_mode", "kl_coef", "kl_target", "kl_horizon",
+            "missing_eos_penalty")}
+ALIASES = ("lr", "steps", "lora_rank", "lora_alpha", "lora_dropout")      # --lr with --stage sft means --sft_lr
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse(argv):
+    """Command line -> Config. ValueError, one line, for what makes no sense."""
+    parser = Parser(description="SFT, reward model and PPO with LoRA. Without --model: the toy world.", allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        toy = f" [toy world: {TOY[f.name]}]" if f.name in TOY else ""
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r}){toy}",
+                            choices=f.metadata["choices"], **kind)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [f"--{f.name}" for f in fields(Config)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        raise ValueError(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    given = vars(given)
+    stage = given.get("stage", "all")
+    for name in ALIASES if stage in ("sft", "reward") else ():
+        if name in given:
+            given[f"{stage}_{name}"] = given.pop(name)
+    return Config(**(({} if given.get("model") else TOY) | given))
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+
+class Run:
+    """The folder of one stage: config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, and the result."""
+
+    def __init__(self, cfg, stage):
+        self.folder, self.stage, self.cfg = cfg.folder(stage), stage, cfg
+        settings = asdict(cfg) | {"model": cfg.input_model(stage), "reward": cfg.reward_path()}
+        self.settings = {"stage": stage} | {k: settings[k] for k in READ_BY[stage]}
+
+    @property
+    def finished(self):
+        return (self.folder / "finished.json").is_file()
+
+    def check(self):
+        """Refuse a folder that was made with other settings; True if the stage has been run to its end."""
+        path = self.folder / "config.json"
+        if not path.is_file():
+            return False
+        before = read_json(path).get("run")
+        if before is None:
+            raise ValueError(f"{self.folder} holds something that is not a run: choose another --out")
+        other = [k for k in self.settings if before.get(k) != self.settings[k]]
+        if other:
+            what = ", ".join(f"{k} {before.get(k)!r} (now {self.settings[k]!r})" for k in other)
+            raise ValueError(f"{self.folder} was made with {what}: give the same, another --out, or --redo {self.stage}")
+        return self.finished
+
+    def open(self):
+        """Make the folder, or cut the records of an earlier try back to its checkpoint. -> checkpoint or None."""
+        checkpoint = None
+        if (self.folder / "checkpoint.pt").is_file():
+            checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", {"run": self.settings})
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                cut_lines(self.folder / name, checkpoint["step"] if checkpoint else 0)
+        if checkpoint:
+            say(f"{self.stage}: continuing after step {checkpoint['step']} of {self.folder}")
+        dist.barrier()
+        return checkpoint
+
+    def append(self, name, row):
+        if is_main():
+            with open(self.folder / name, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def save_checkpoint(self, step, parameters, optimizer, **extra):
+        """All that the next step needs, under a temporary name and then renamed: a kill leaves the old or the new one."""
+        if is_main():
+            state = {"step": step, "parameters": [p.detach().cpu() for p in parameters],
+                     "optimizer": optimizer.state_dict()} | extra
+            torch.save(state, self.folder / "checkpoint.pt.tmp")
+            os.replace(self.folder / "checkpoint.pt.tmp", self.folder / "checkpoint.pt")
+
+    def finish(self, summary):
+        if is_main():
+            write_json(self.folder / "finished.json", summary)
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        dist.barrier()
+
+    def remove(self):
+        """Delete the stage's folder, if it is one (and only then)."""
+        if self.folder.is_dir():
+            path = self.folder / "config.json"
+            if not path.is_file() or read_json(path).get("run", {}).get("stage") != self.stage:
+                raise ValueError(f"--redo {self.stage}: {self.folder} was not made by this stage, it is left alone")
+            shutil.rmtree(self.folder)
+
+
+def write_json(path, content):
+    """Write whole or not at all."""
+    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
+
+
+def cut_lines(path, step):
+    """Drop the lines of a JSONL file that are later than `step`, and a half-written last one."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+@torch.no_grad()
+def restore(checkpoint, parameters, optimizer):
+    """Put a checkpoint's parameters and optimiser state in place; returns the step it was taken after."""
+    if len(checkpoint["parameters"]) != len(parameters):
+        raise ValueError("the checkpoint holds another number of parameters than this model trains: choose another --out")
+    for p, saved in zip(parameters, checkpoint["parameters"]):
+        p.copy_(saved)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"]
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main():
+    return rank() == 0
+
+
+def say(text):
+    """One process prints."""
+    if is_main():
+        print(text, flush=True)
+
+
+def start_processes():
+    """Join the processes that torchrun started (or be the only one). -> this process's device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}, so start at most "
+                             "that many processes (--nproc_per_node)")
+        torch.cuda.set_device(local)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+
+
+def gather(local):
+    """One object per process -> the list of all of them, on every process."""
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, local)
+    return parts
+
+
+class Stopper:
+    """Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, _):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked(self, device):
+        """Whether any process was asked to stop (the processes have to agree)."""
+        flag = torch.tensor([self.signal], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.signal = int(flag)
+        return self.signal > 0
+
+    def leave(self, where, step):
+        say(f"stopped after step {step}; the same command continues from {where}")
+        dist.destroy_process_group()
+        sys.exit(128 + self.signal)
+
+
+# ----------------------------------------------------------------------------------------------- what stages share
+
+def learning_rate(step, steps, warmup, peak, shape):
+    """Linear warm-up, then linear or cosine decay. Steps count from 1; the rate is above 0 at every one of them."""
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - 1 - warmup) / (steps - warmup)
+    return peak * (1 - progress if shape == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def set_learning_rate(optimizer, *args):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(*args)
+    return group["lr"]
+
+
+def gradients_travel(ddp, last):
+    """True accumulation: gradients of the micro-batches add up locally, and are averaged once, with the last one."""
+    return contextlib.nullcontext() if last else ddp.no_sync()
+
+
+def token_weight(n_local, n_global):
+    """Weight of a micro-batch whose loss is the mean over its own n_local items, so that the sum over micro-batches and
+    DDP's average over processes is the mean over all n_global items."""
+    return n_local * world_size() / n_global
+
+
+def seed_dropout(*key):
+    """The masks of dropout belong to (seed, step, epoch, micro-batch) and to the process."""
+    torch.manual_seed(hash((*key, rank())) % 2**63)
+
+
+def clip_gradients(parameters, max_norm, step, name):
+    """Clip to max_norm; returns the norm before. Stops the run, before anything is overwritten, if it is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    require_finite(torch.tensor(norm), f"gradient norm of the {name}", step)
+    return norm
+
+
+def require_finite(x, name, step):
+    if not torch.isfinite(x).all():
+        raise FloatingPointError(f"step {step}: {name} is not finite; nothing was written after the last checkpoint "
+                                 "(lower --lr, or look at the regularizer: see \"reading the log\" in the README)")
+
+
+def share(items, length):
+    """This process's share of a batch: sorted by length and dealt out, so that shares and micro-batches are even."""
+    return sorted(items, key=length)[rank()::world_size()]
+
+
+def chunks(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def wrap(module, device):
+    return DistributedDataParallel(module, device_ids=[device] if device != "cpu" else None, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
+
+
+def trainable(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def to(device, tensors):
+    return tuple(t.to(device) for t in tensors)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02}m" if seconds >= 3600 else f"{int(seconds) // 60}m{int(seconds) % 60:02}s"
+
+
+def count(module):
+    n, total = sum(p.numel() for p in trainable(module)), sum(p.numel() for p in module.parameters())
+    return f"{n:,} of {total:,} parameters are trained ({100 * n / total:.3f} %)"
+
+
+def supervised(run, module, items, length, weight, loss_of, stopper):
+    """The loop of the sft and reward stages: AdamW, cosine schedule, true accumulation. -> (steps, seconds).
+
+    loss_of(items of a micro-batch) -> mean loss over their weights; length(item) in tokens; weight(item): how many terms
+    of the loss it brings (response tokens, or one pair).
+    """
+    cfg, device, parameters = run.cfg, next(module.parameters()).device, trainable(module)
+    get = lambda name: getattr(cfg, f"{run.stage}_{name}")
+    steps = get("steps") or max(1, round(get("epochs") * len(items) / get("batch")))
+    optimizer = torch.optim.AdamW(parameters, lr=get("lr"), weight_decay=0.0)
+    checkpoint = run.open()
+    first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
+    module.train()
+    start, shown = time.time(), []
+    for step in range(first + 1, steps + 1):
+        lr = set_learning_rate(optimizer, step, steps, round(0.03 * steps), get("lr"), "cosine")
+        picked = [items[i] for i in batch_indices(len(items), get("batch"), f"{cfg.seed} {run.stage}", step - 1)]
+        n_global, local_loss = sum(map(weight, picked)), 0.0
+        micro_batches = chunks(share(picked, length), cfg.micro_batch)
+        for i, micro_batch in enumerate(micro_batches):
+            seed_dropout(cfg.seed, step, 0, i)
+            n = sum(map(weight, micro_batch))
+            with gradients_travel(module, i == len(micro_batches) - 1):
+                loss = loss_of(micro_batch)
+                (loss * token_weight(n, n_global)).backward()
+            local_loss += loss.item() * n
+        norm = clip_gradients(parameters, cfg.max_grad_norm, step, "model")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss = sum(gather(local_loss)) / n_global
+        run.append("metrics.jsonl", {"step": step, "loss": loss, "lr": lr, "grad_norm": norm})
+        shown.append(loss)
+        if step % max(1, steps // 12) == 0 or step == steps:
+            eta = (time.time() - start) / (step - first) * (steps - step)
+            say(f"{run.stage:6} step {step:5}/{steps} | loss {sum(shown) / len(shown):.3f} | lr {lr:.1e} | "
+                f"grad {norm:.2f} | eta {clock(eta)}")
+            shown = []
+        stopping = stopper.asked(device)
+        if step % cfg.save_every == 0 or stopping:
+            run.save_checkpoint(step, parameters, optimizer)
+        if stopping:
+            stopper.leave(run.folder, step)
+    module.eval()
+    return steps, time.time() - start
+
+
+# ----------------------------------------------------------------------------------------------------------- stages
+
+def sft(run, inputs, device, stopper):
+    """Supervised fine-tuning: cross-entropy of the demonstrations' responses. Writes a Hugging Face folder."""
+    cfg, dtype = run.cfg, run.cfg.trunk_dtype(device)
+    full = cfg.sft_lora_rank == 0
+    torch.manual_seed(cfg.seed)
+    model = load_llama(cfg.model, device, torch.float32 if full else dtype) if cfg.model else Llama(TOY_MODEL).to(device)
+    if not full:
+        add_lora(model, "sft", cfg.sft_lora_rank, cfg.sft_lora_alpha, cfg.sft_lora_dropout)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    net = ActorCritic(model, None if full else "sft", autocast_dtype=dtype if full else None)
+    say(f"sft: {len(inputs.examples)} demonstrations from {cfg.sft_data}; {count(net)}")
+    ddp = wrap(net, device)
+
+    def loss_of(examples):
+        tokens, prompt_lengths, lengths = to(device, pack([e.prompt for e in examples], [e.response for e in examples]))
+        logprobs = ddp(tokens, prompt_lengths, lengths).logprobs                  # (B, R)
+        return -masked_mean(logprobs, length_mask(lengths, logprobs.shape[1]))
+
+    steps, seconds = supervised(run, ddp, inputs.examples, lambda e: len(e.prompt) + len(e.response),
+                                lambda e: len(e.response), loss_of, stopper)
+    if not full:
+        merge_lora(model, "sft")
+    if is_main():
+        save_llama(model.to(dtype), run.folder, run=run.settings)
+        shutil.copy(inputs.tokenizer.path, run.folder / "tokenizer.model")
+    run.finish({"steps": steps, "seconds": round(seconds, 1)})
+
+
+def reward(run, inputs, device, stopper):
+    """Reward model from the SFT model: Bradley-Terry on pairs. Writes a full model, or an adapter on the SFT model."""
+    cfg, dtype = run.cfg, run.cfg.trunk_dtype(device)
+    full = cfg.reward_lora_rank == 0
+    torch.manual_seed(cfg.seed)
+    trunk = load_llama(cfg.input_model("reward"), device, torch.float32 if full else dtype)
+    if full:
+        trunk.output = None
+    else:
+        add_lora(trunk, "reward", cfg.reward_lora_rank, cfg.reward_lora_alpha, cfg.reward_lora_dropout)
+    trunk.checkpoint_activations = cfg.checkpoint_activations
+    model = RewardModel(trunk, None if full else "reward", autocast_dtype=dtype if full else None)
+    say(f"reward: {len(inputs.pairs)} pairs from {cfg.preference_data}, {len(inputs.held_out)} held out; {count(model)}")
+    ddp = wrap(model, device)
+
+    def loss_of(pairs):
+        tokens, prompt_lengths, lengths = to(device, pack([p.prompt for p in pairs] * 2,
+                                                          [p.chosen for p in pairs] + [p.rejected for p in pairs]))
+        chosen, rejected = ddp(tokens, prompt_lengths + lengths).chunk(2)         # (B,) twice
+        return bradley_terry_loss(chosen, rejected)
+
+    steps, seconds = supervised(run, ddp, inputs.pairs, lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)),
+                                lambda p: 1, loss_of, stopper)
+    mine = inputs.held_out[rank()::world_size()]
+    scored = sum(gather(score_pairs(model, mine, inputs.tokenizer.eos_id, cfg.micro_batch)), [])
+    with torch.no_grad():      # only differences of scores are learned: centre them, and PPO's critic starts from a fair 0
+        model.head.bias -= sum(s["chosen"] + s["rejected"] for s in scored) / (2 * len(scored))
+    accuracy = pair_accuracy(scored)
+    if is_main():
+        trunk.to(dtype)
+        save_reward_model(model, run.folder, run=run.settings)
+        shutil.copy(inputs.tokenizer.path, run.folder / "tokenizer.model")
+    say(accuracy_report(accuracy))
+    run.finish({"steps": steps, "seconds": round(seconds, 1), "accuracy": accuracy})
+
+
+def collect(cfg, step, net, reward_model, inputs):
+    """One rollout batch: sample, score, evaluate. -> Rollout of the global batch (the same on every process), and the
+    largest gap between a log-probability at sampling and the one recomputed for the same token."""
+    picked = batch_indices(len(inputs.prompts), cfg.rollout_batch, f"{cfg.seed} prompts", step - 1)
+    mine, eos_id = range(rank(), cfg.rollout_batch, world_size()), inputs.tokenizer.eos_id
+    prompts = [inputs.prompts[picked[i]] for i in mine]
+    with net.acting() as policy:
+        responses, sampled_logprobs = generate(
+            policy, prompts, cfg.response_len, eos_id=eos_id, seed=f"{cfg.seed} {step}", banned_ids=inputs.banned_ids,
+            batch_size=cfg.generate_batch or None, row_ids=mine, return_logprobs=True)
+    local = assess(net, reward_model, prompts, responses, eos_id, cfg.micro_batch)
+    gap = max(abs(a - b) for row, again in zip(sampled_logprobs, local.logprobs.tolist()) for a, b in zip(row, again))
+    parts, gaps = zip(*gather((local, gap)))
+    order = [i % world_size() * len(mine) + i // world_size() for i in range(cfg.rollout_batch)]
+    return join_rollouts(parts).rows(torch.tensor(order)), max(gaps)
+
+
+def with_advantages(cfg, rollout, kl_coef):
+    """Penalty -> rewards per token -> GAE -> whitened advantages, over the global batch. -> Rollout, penalty (B, R)."""
+    mask, penalty = rollout.response_mask, torch.zeros_like(rollout.logprobs)
+    scores = torch.where(rollout.finished, rollout.scores, rollout.scores - cfg.missing_eos_penalty)
+    if cfg.regularizer != "none" and cfg.regularizer_mode == "reward":
+        penalty = torch.where(mask, sampled(cfg.regularizer, rollout.logprobs, rollout.ref_logprobs), 0.0)
+    rewards = shape_rewards(scores, penalty, mask, kl_coef)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam)
+    return replace(rollout, advantages=whiten(advantages, mask), returns=returns), penalty
+
+
+def ppo_loss(cfg, ddp, rows, kl_coef):
+    """Clipped policy loss + vf_coef * clipped value loss (+ kl_coef * exact divergence, in loss mode) of a micro-batch."""
+    out = ddp(rows.tokens, rows.prompt_lengths, rows.response_lengths, divergence=cfg.divergence)
+    mask = rows.response_mask
+    loss, stats = policy_loss(out.logprobs, rows.logprobs, rows.advantages, mask, cfg.clip)
+    v_loss, value_stats = value_loss(out.values, rows.values, rows.returns, mask, cfg.value_clip)
+    stats |= value_stats | {"policy_loss": loss.detach(), "value_loss": v_loss.detach()}
+    loss = loss + cfg.vf_coef * v_loss
+    if cfg.divergence:
+        loss = loss + kl_coef * masked_mean(out.divergence, mask)
+    return loss, stats
+
+
+def update(cfg, step, ddp, optimizer, rollout, kl_coef):
+    """ppo_epochs passes over the rollout batch, one optimiser step per minibatch. -> statistics, means over tokens.
+
+    A minibatch is a slice of one global permutation; each process takes an even share of it.
+    """
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
+    table, norms, device = [], [], ddp.module.policy.device        # table: a row of statistics per micro-batch
+    ddp.train()
+    for epoch in range(cfg.ppo_epochs):
+        order = permutation(cfg.rollout_batch, f"{cfg.seed} {step}", epoch)
+        for minibatch in chunks(order, cfg.minibatch):
+            n_global = int(rollout.response_lengths[minibatch].sum())
+            micro_batches = chunks(share(minibatch, lengths.__getitem__), cfg.micro_batch)
+            for i, index in enumerate(micro_batches):
+                seed_dropout(cfg.seed, step, epoch, len(norms), i)
+                rows = rollout.rows(index).to(device)
+                n = int(rows.response_lengths.sum())
+                with gradients_travel(ddp, i == len(micro_batches) - 1):
+                    loss, stats = ppo_loss(cfg, ddp, rows, kl_coef)
+                    (loss * token_weight(n, n_global)).backward()
+                table.append({"optimizer_step": len(norms), "tokens": n} | {k: float(v) for k, v in stats.items()})
+            norms.append({f"{name}_grad_norm": clip_gradients(parameters, cfg.max_grad_norm, step, name)
+                          for name, parameters in actor_and_critic_parameters(ddp.module).items()})
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    ddp.eval()
+    return average_statistics(sum(gather(table), []), norms)
+
+
+def actor_and_critic_parameters(net):
+    """What PPO trains, in two groups that share nothing: {"policy": [...], "critic": [...]}."""
+    if net.policy_adapter is None:
+        return {"policy": trainable(net.policy), "critic": trainable(net.critic) + trainable(net.value_head)}
+    return {"policy": lora_parameters(net.policy, net.policy_adapter),
+            "critic": lora_parameters(net.critic, net.value_adapter) + trainable(net.value_head)}
+
+
+def average_statistics(table, norms):
+    """Token-weighted means over all micro-batches of all processes; ratio_max is a maximum, and once more for the first
+    optimiser step, before which nothing has moved."""
+    tokens = sum(row["tokens"] for row in table)
+    means = {k: sum(row[k] * row["tokens"] for row in table) / tokens for k in table[0] if k not in ("optimizer_step", "tokens")}
+    first = [row for row in table if row["optimizer_step"] == 0]
+    return means | {"ratio_max": max(row["ratio_max"] for row in table),
+                    "first_ratio_max": max(row["ratio_max"] for row in first),
+                    "first_clip_frac": max(row["clip_frac"] for row in first),
+                    "optimizer_steps": len(norms)} | {k: sum(n[k] for n in norms) / len(norms) for k in norms[0]}
+
+
+def rollout_statistics(rollout, penalty):
+    """What is logged of a rollout: means over sequences, or over tokens (`_per_token`)."""
+    mask, log_ratio = rollout.response_mask, rollout.logprobs - rollout.ref_logprobs
+    per_token = lambda x: masked_mean(x, mask).item()
+    return {"score": rollout.scores.mean().item(), "score_std": rollout.scores.std(correction=0).item(),
+            "kl_per_token": per_token(rollout.kl), "kl_per_sequence": rollout.kl.sum(-1).mean().item(),
+            "k1_per_token": per_token(log_ratio), "k3_per_token": per_token(sampled("bregman", rollout.logprobs, rollout.ref_logprobs)),
+            "penalty_per_token": per_token(penalty), "entropy": per_token(rollout.entropy),
+            "explained_variance": explained_variance(rollout.values, rollout.returns, mask).item(),
+            "length": rollout.response_lengths.float().mean().item(), "eos_rate": rollout.finished.float().mean().item()}
+
+
+def check_first_step(rollout, row, gap, dtype):
+    """Before anything has moved, policy and reference are one model. RuntimeError says which assumption is broken."""
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing", rollout.kl.abs().max().item(), 0.0),
+              ("the first ratio is 1: the update's forward is the rollout's", row["first_ratio_max"], tolerance),
+              ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the full forward",
+               gap, 1e-4 if dtype == torch.float32 else 0.5)]
+    for claim, got, bound in claims:
+        if not got <= bound:
+            raise RuntimeError(f"step 1 broke an assumption: {claim}; got a difference of {got:.2e}, at most {bound:.0e} is rounding")
+
+
+def step_line(row, steps, eta):
+    return (f"step {row['step']:4}/{steps} | score {row['score']:+.2f} | kl {row['kl_per_token']:.3f}/tok "
+            f"{row['kl_per_sequence']:.1f}/seq | ent {row['entropy']:.2f} | clip {row['clip_frac']:.2f} | "
+            f"vloss {row['value_loss']:.2f} | ev {row['explained_variance']:+.2f} | len {row['length']:.0f} | "
+            f"eos {row['eos_rate']:.2f} | gen {row['generate_seconds']:.1f}s upd {row['update_seconds']:.1f}s | eta {clock(eta)}")
+
+
+def ppo(run, inputs, device, stopper):
+    """PPO with LoRA: roll out, score, shape rewards, estimate advantages, update. Writes the adapters (or the models)."""
+    cfg, tokenizer = run.cfg, inputs.tokenizer
+    torch.manual_seed(cfg.seed)
+    with mistakes_in_one_line():
+        net, reward_model = build_models(cfg.input_model("ppo"), cfg.reward_path(), device, cfg.trunk_dtype(device),
+                                         inputs.banned_ids, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+    net.policy.checkpoint_activations = net.critic.checkpoint_activations = cfg.checkpoint_activations
+    trunks = "one trunk" if reward_model.trunk is net.policy else "two trunks"
+    say(f"ppo: {len(inputs.prompts)} prompts from {cfg.prompts}; {trunks}{' and frozen copies' if net.ref else ''} in "
+        f"{cfg.trunk_dtype(device)}; {count(net)}")
+    parameters = trainable(net)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    checkpoint = run.open()
+    first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
+    kl_coef, start = checkpoint["kl_coef"] if checkpoint else cfg.kl_coef, time.time()
+    ddp = wrap(net, device).eval()
+    for step in range(first + 1, cfg.steps + 1):
+        t0 = time.time()
+        rollout, gap = collect(cfg, step, net, reward_model, inputs)
+        for name in ("logprobs", "ref_logprobs", "values", "scores", "kl"):
+            require_finite(getattr(rollout, name), f"{name} of the rollout", step)
+        rollout, penalty = with_advantages(cfg, rollout, kl_coef)
+        require_finite(rollout.advantages, "advantages", step)
+        t1 = time.time()
+        lr = set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
+        stats = update(cfg, step, ddp, optimizer, rollout, kl_coef)
+        row = {"step": step} | rollout_statistics(rollout, penalty) | stats | {
+            "lr": lr, "kl_coef": kl_coef, "sampling_gap": gap, "generate_seconds": t1 - t0, "update_seconds": time.time() - t1}
+        if step == 1:
+            check_first_step(rollout, row, gap, cfg.trunk_dtype(device))
+        if cfg.kl_target:
+            kl_coef = adapt_kl_coef(kl_coef, row["kl_per_sequence"], cfg.kl_target, cfg.kl_horizon, cfg.rollout_batch)
+        run.append("metrics.jsonl", row)
+        say(step_line(row, cfg.steps, (time.time() - start) / (step - first) * (cfg.steps - step)))
+        if step == 1 or step % 10 == 0:
+            log_samples(run, step, rollout, tokenizer)
+        stopping = stopper.asked(device)
+        if step % cfg.save_every == 0 or stopping:
+            run.save_checkpoint(step, parameters, optimizer, kl_coef=kl_coef)
+        if stopping:
+            stopper.leave(run.folder, step)
+    if is_main():
+        save_policy(net, run.folder / "policy", cfg.input_model("ppo"))
+        shutil.copy(tokenizer.path, run.folder / "policy" / "tokenizer.model")
+    run.finish({"steps": cfg.steps, "seconds": round(time.time() - start, 1)})
+
+
+def log_samples(run, step, rollout, tokenizer, n=4):
+    """A few prompts and responses of the rollout, with their scores, for people to read."""
+    ends = rollout.prompt_lengths + rollout.response_lengths
+    for i in range(min(n, len(ends))):
+        ids, begin = rollout.tokens[i, :ends[i]].tolist(), int(rollout.prompt_lengths[i])
+        run.append("samples.jsonl", {"step": step, "prompt": tokenizer.decode(ids[:begin]),
+                                     "response": tokenizer.decode_response(ids[begin:]), "score": rollout.scores[i].item()})
+
+
+def evaluation(run, inputs, device):
+    """Answer the evaluation instructions before and after PPO, judge them, print and keep the table (eval.py)."""
+    cfg, path, start = run.cfg, run.folder / "eval.json", time.time()
+    with mistakes_in_one_line():
+        net, reward_model, tokenizer = load_run(run.folder, device, cfg.trunk_dtype(device))
+    mine = range(rank(), len(inputs.eval_rows), world_size())
+    records = evaluate(net, reward_model, tokenizer, [inputs.eval_rows[i] for i in mine], mine, cfg.response_len,
+                       cfg.eval_temperature, cfg.seed, cfg.micro_batch)
+    records = sorted(sum(gather(records), []), key=lambda r: r["index"])
+    if is_main():
+        write_json(path, {"seconds": round(time.time() - start, 1), "records": records})
+    dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+@contextlib.contextmanager
+def mistakes_in_one_line():
+    """A user's mistake - a setting, a file - ends the program with one line on stderr and status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"train.py: error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is read before the first process starts; only what the stages to run need."""
+    tokenizer: Tokenizer
+    banned_ids: list
+    examples: list | None = None       # sft
+    pairs: list | None = None          # reward
+    held_out: list | None = None
+    prompts: list | None = None        # ppo, as ids
+    eval_rows: list | None = None
+
+
+def load_inputs(cfg, stages):
+    """Read and check the files of these stages; say what was cut or dropped."""
+    path = cfg.tokenizer or (Path(cfg.model) / "tokenizer.model" if cfg.model else "")
+    tokenizer = Tokenizer(path)
+    model_config = read_model_config(cfg.model) if cfg.model else TOY_MODEL
+    tokenizer.check_fits(model_config.vocab_size, cfg.model or "the toy model")
+    found = {"tokenizer": tokenizer, "banned_ids": tokenizer.banned_ids(model_config.vocab_size)}
+    need = lambda name: getattr(cfg, name) or missing_setting(cfg, name)
+    if "sft" in stages:
+        found["examples"], cut = load_sft(need("sft_data"), tokenizer, cfg.max_len)
+        note(cut, f"demonstrations are longer than --max_len {cfg.max_len} and lose their tail")
+    if "reward" in stages:
+        pairs, cut = load_preferences(need("preference_data"), tokenizer, cfg.max_len)
+        note(cut, f"pairs have an answer beyond --max_len {cfg.max_len} that loses its tail")
+        if cfg.preference_test:
+            found["pairs"], found["held_out"] = pairs, load_preferences(cfg.preference_test, tokenizer, cfg.max_len)[0]
+        else:
+            found["pairs"], found["held_out"] = split_by_instruction(pairs, cfg.reward_holdout, cfg.seed)
+    if "ppo" in stages:
+        if cfg.model and cfg.stage == "ppo":
+            need("reward")
+        found["prompts"], _, dropped = load_prompts(need("prompts"), tokenizer, cfg.prompt_len)
+        note(dropped, f"prompts are longer than --prompt_len {cfg.prompt_len} and are dropped")
+        if cfg.prompt_len + cfg.response_len > model_config.max_seq_len:
+            raise ValueError(f"--prompt_len {cfg.prompt_len} + --response_len {cfg.response_len} exceed the model's "
+                             f"{model_config.max_seq_len} positions: lower one of them")
+    if cfg.eval_data and {"ppo", "eval"} & set(stages):
+        found["eval_rows"] = load_eval_rows(cfg.eval_data, tokenizer, model_config.max_seq_len - cfg.response_len, cfg.eval_drop_long)
+    return Inputs(**found)
+
+
+def note(n, what):
+    if n and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {n} {what}", flush=True)
+
+
+def missing_setting(cfg, name):
+    raise ValueError(f"--stage {cfg.stage} with --model needs --{name}")
+
+
+def check_processes(cfg, stages):
+    """Every batch must split evenly over the processes."""
+    names = {"sft": ("sft_batch",), "reward": ("reward_batch",), "ppo": ("rollout_batch", "minibatch")}
+    for name in (n for s in stages for n in names.get(s, ())):
+        if getattr(cfg, name) % world_size():
+            raise ValueError(f"--{name} {getattr(cfg, name)} does not split over {world_size()} processes: try "
+                             f"{-(-getattr(cfg, name) // world_size()) * world_size()}")
+
+
+def main(argv=None):
+    started = time.time()
+    with mistakes_in_one_line():
+        cfg = parse(sys.argv[1:] if argv is None else argv)
+        runs = {s: Run(cfg, s) for s in (STAGES if cfg.stage == "all" else (cfg.stage,))}
+        redo = to_redo(cfg, runs)
+        todo = [s for s, run in runs.items() if s in redo or not run.check()]
+        evaluating = cfg.eval_data and "ppo" in runs and ("ppo" in todo or "eval" in redo or not (runs["ppo"].folder / "eval.json").is_file())
+        inputs = load_inputs(cfg, todo + ["eval"] * bool(evaluating)) if todo or evaluating else None
+        check_processes(cfg, todo)
+        device = start_processes()
+    stopper = Stopper()
+    if is_main():
+        for s in redo:
+            runs[s].remove() if s in runs else (runs["ppo"].folder / "eval.json").unlink(missing_ok=True)
+    dist.barrier()
+    for stage, run in runs.items():
+        if stage in todo:
+            {"sft": sft, "reward": reward, "ppo": ppo}[stage](run, inputs, device, stopper)
+        else:
+            say(f"{stage}: finished, in {run.folder} (to run it again: --redo {stage})")
+    if evaluating:
+        evaluation(runs["ppo"], inputs, device)
+    if is_main() and "ppo" in runs and (runs["ppo"].folder / "eval.json").is_file():
+        print(report(runs["ppo"].folder))
+    say(f"done in {clock(time.time() - started)}: {cfg.out}")
+    dist.destroy_process_group()
+
+
+def to_redo(cfg, runs):
+    """The stages that --redo names: that one and those that build on it."""
+    order = [*runs, "eval"]
+    if cfg.redo and cfg.redo not in order:
+        raise ValueError(f"--redo {cfg.redo} does not go with --stage {cfg.stage}")
+    return order[order.index(cfg.redo):] if cfg.redo else []
+
+
+if __name__ == "__main__":
+    main()
