@@ -112,7 +112,8 @@ def load_run(folder, device="cpu", dtype=torch.float32):
         raise FileNotFoundError(f"{folder} holds no finished PPO run: expected a folder policy in it")
     run = read_json(folder / "config.json")["run"]
     tokenizer = Tokenizer(folder / "policy" / "tokenizer.model")
-    net, reward_model = build_models(run["model"], run["reward"], device, dtype, (), run["lora_rank"], run["lora_alpha"])
+    model, reward = (folder / p if (folder / p).is_dir() else p for p in (run["model"], run["reward"]))
+    net, reward_model = build_models(model, reward, device, dtype, (), run["lora_rank"], run["lora_alpha"])
     load_policy(net, folder / "policy")
     return net.eval(), reward_model.eval(), tokenizer
 

@@ -289,10 +289,14 @@ class KVCache:
         self.lengths = self.lengths[rows]
 
 
+def keyed_seed(*key):
+    """An integer seed that belongs to this key (numbers and strings) and to nothing else, on any machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
 def uniforms(seed, row, n):
-    """n numbers in [0, 1) that belong to one row of one seed and to nothing else."""
-    key = hashlib.sha256(f"{seed} {row}".encode()).digest()[:7]
-    return torch.rand(n, generator=torch.Generator().manual_seed(int.from_bytes(key, "big")))
+    """n numbers in [0, 1) that belong to one row of one seed."""
+    return torch.rand(n, generator=torch.Generator().manual_seed(keyed_seed(seed, row)))
 
 
 def nucleus(probs, top_p):

@@ -107,8 +107,7 @@ class ActorCritic(nn.Module):
         self.policy, self.policy_adapter = policy, policy_adapter
         self.critic, self.value_adapter = critic, value_adapter
         self.value_head = ScalarHead(critic.config.dim).to(critic.device) if critic is not None else None
-        self.ref, self.autocast_dtype = ref, autocast_dtype
-        self.register_buffer("banned_mask", banned_mask, persistent=False)
+        self.ref, self.autocast_dtype, self.banned_mask = ref, autocast_dtype, banned_mask
 
     @contextmanager
     def acting(self):

@@ -39,7 +39,7 @@ from data import (Tokenizer, batch_indices, length_mask, load_eval_rows, load_pr
                   permutation, split_by_instruction)
 from eval import accuracy_report, evaluate, load_run, pair_accuracy, report, score_pairs
 from lora import add_lora, lora_parameters, merge_lora
-from model import Llama, LlamaConfig, generate, load_llama, read_json, read_model_config, save_llama
+from model import Llama, LlamaConfig, generate, keyed_seed, load_llama, read_json, read_model_config, save_llama
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards, value_loss,
                  whiten)
 from regularizers import EXACT, SAMPLED, sampled
@@ -198,7 +198,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     """Command line -> Config. ValueError, one line, for what makes no sense."""
     parser = Parser(description="SFT, reward model and PPO with LoRA. Without --model: the toy world.", allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
+                    argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         toy = f" [toy world: {TOY[f.name]}]" if f.name in TOY else ""
@@ -225,6 +225,9 @@ class Run:
     def __init__(self, cfg, stage):
         self.folder, self.stage, self.cfg = cfg.folder(stage), stage, cfg
         settings = asdict(cfg) | {"model": cfg.input_model(stage), "reward": cfg.reward_path()}
+        for name in ("model", "reward"):      # folders of this run are named relative to each other: it can be moved
+            if settings[name] != getattr(cfg, name):
+                settings[name] = os.path.relpath(settings[name], self.folder)
         self.settings = {"stage": stage} | {k: settings[k] for k in READ_BY[stage]}
 
     @property
@@ -234,6 +237,9 @@ class Run:
     def check(self):
         """Refuse a folder that was made with other settings; True if the stage has been run to its end."""
         path = self.folder / "config.json"
+        above = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise ValueError(f"cannot write to {self.folder}: {above} is {'not writable' if above.is_dir() else 'a file'}")
         if not path.is_file():
             return False
         before = read_json(path).get("run")
@@ -249,7 +255,7 @@ class Run:
         """Make the folder, or cut the records of an earlier try back to its checkpoint. -> checkpoint or None."""
         checkpoint = None
         if (self.folder / "checkpoint.pt").is_file():
-            checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {"run": self.settings})
@@ -273,7 +279,7 @@ class Run:
             torch.save(state, self.folder / "checkpoint.pt.tmp")
             os.replace(self.folder / "checkpoint.pt.tmp", self.folder / "checkpoint.pt")
 
-    def finish(self, summary):
+    def finish(self, **summary):
         if is_main():
             write_json(self.folder / "finished.json", summary)
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -298,7 +304,7 @@ def cut_lines(path, step):
     """Drop the lines of a JSONL file that are later than `step`, and a half-written last one."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in lines if line and json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
@@ -410,7 +416,7 @@ def token_weight(n_local, n_global):
 
 def seed_dropout(*key):
     """The masks of dropout belong to (seed, step, epoch, micro-batch) and to the process."""
-    torch.manual_seed(hash((*key, rank())) % 2**63)
+    torch.manual_seed(keyed_seed(*key, rank()))
 
 
 def clip_gradients(parameters, max_norm, step, name):
@@ -435,9 +441,15 @@ def chunks(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
+def check_same_parameters(parameters):
+    """After a stage all processes must hold the same parameters, to the bit."""
+    sums = gather([p.detach().double().sum().item() for p in parameters])
+    if any(s != sums[0] for s in sums):
+        raise RuntimeError("the processes hold different parameters: some step was not the same on all of them")
+
+
 def wrap(module, device):
-    return DistributedDataParallel(module, device_ids=[device] if device != "cpu" else None, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, device_ids=[device] if device != "cpu" else None, gradient_as_bucket_view=True)
 
 
 def trainable(module):
@@ -500,6 +512,7 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
         if stopping:
             stopper.leave(run.folder, step)
     module.eval()
+    check_same_parameters(parameters)
     return steps, time.time() - start
 
 
@@ -530,7 +543,7 @@ def sft(run, inputs, device, stopper):
     if is_main():
         save_llama(model.to(dtype), run.folder, run=run.settings)
         shutil.copy(inputs.tokenizer.path, run.folder / "tokenizer.model")
-    run.finish({"steps": steps, "seconds": round(seconds, 1)})
+    run.finish(steps=steps, seconds=round(seconds, 1))
 
 
 def reward(run, inputs, device, stopper):
@@ -566,7 +579,7 @@ def reward(run, inputs, device, stopper):
         save_reward_model(model, run.folder, run=run.settings)
         shutil.copy(inputs.tokenizer.path, run.folder / "tokenizer.model")
     say(accuracy_report(accuracy))
-    run.finish({"steps": steps, "seconds": round(seconds, 1), "accuracy": accuracy})
+    run.finish(steps=steps, seconds=round(seconds, 1), accuracy=accuracy)
 
 
 def collect(cfg, step, net, reward_model, inputs):
@@ -734,10 +747,11 @@ def ppo(run, inputs, device, stopper):
             run.save_checkpoint(step, parameters, optimizer, kl_coef=kl_coef)
         if stopping:
             stopper.leave(run.folder, step)
+    check_same_parameters(parameters)
     if is_main():
         save_policy(net, run.folder / "policy", cfg.input_model("ppo"))
         shutil.copy(tokenizer.path, run.folder / "policy" / "tokenizer.model")
-    run.finish({"steps": cfg.steps, "seconds": round(time.time() - start, 1)})
+    run.finish(steps=cfg.steps, seconds=round(time.time() - start, 1))
 
 
 def log_samples(run, step, rollout, tokenizer, n=4):
@@ -796,6 +810,13 @@ def load_inputs(cfg, stages):
     tokenizer.check_fits(model_config.vocab_size, cfg.model or "the toy model")
     found = {"tokenizer": tokenizer, "banned_ids": tokenizer.banned_ids(model_config.vocab_size)}
     need = lambda name: getattr(cfg, name) or missing_setting(cfg, name)
+    for stage in set(stages) & {"reward", "ppo"}:
+        if cfg.input_model(stage) != cfg.model and "sft" not in stages:
+            if not (Path(cfg.input_model(stage)) / "model.safetensors").is_file():
+                raise FileNotFoundError(f"{cfg.input_model(stage)} holds no finished SFT model: run --stage sft first")
+    if "ppo" in stages and "reward" not in stages:
+        if not (Path(cfg.reward_path()) / "config.json").is_file():
+            raise FileNotFoundError(f"{cfg.reward_path()} holds no reward model: run --stage reward, or name one with --reward")
     if "sft" in stages:
         found["examples"], cut = load_sft(need("sft_data"), tokenizer, cfg.max_len)
         note(cut, f"demonstrations are longer than --max_len {cfg.max_len} and lose their tail")

@@ -66,9 +66,9 @@ def write_model(case, folder):
 
 
 def formula_adapter(shapes, seed=SEED + 1):
-    """name -> float32 array for the A and B of an adapter; B is not zero."""
+    """name -> float32 array for the A and B of an adapter, half as large as the weights; B is not zero."""
     stream = np.random.RandomState(seed)
-    return {name: ((2 * stream.random_sample(shape) - 1) * SCALE).astype(np.float32) for name, shape in sorted(shapes.items())}
+    return {name: ((stream.random_sample(shape) - 0.5) * SCALE).astype(np.float32) for name, shape in sorted(shapes.items())}
 
 
 def reference_model(config):
