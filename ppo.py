@@ -156,7 +156,7 @@ def value_loss(values, old_values, returns, response_mask, clip):
     plain, clipped = (values - returns).square(), (near_old - returns).square()
     loss = masked_mean(torch.maximum(plain, clipped), response_mask) / 2
     with torch.no_grad():
-        stats = {"value_clip_frac": masked_mean((clipped > plain).float(), response_mask),
+        stats = {"value_clip_frac": masked_mean(((values - old_values).abs() > clip).float(), response_mask),
                  "value_mean": masked_mean(values, response_mask)}
     return loss, stats
 

@@ -16,7 +16,7 @@ from data import (Tokenizer, batch_indices, format_prompt, length_mask, load_pre
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "real"
 SENTENCES = ["Below is an instruction that describes a task, paired with an input that provides further context.",
              "Write a response that appropriately completes the request.", "### Instruction:", "### Input:", "### Response:",
-             "Paris is the capital of France.", "Name three colours: red, green and blue.", "Red :) or blue :)", ":) :) :)"]
+             "Paris is the capital of France.", "Name three colours: red, green and blue.", ":) " * 40]
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +94,7 @@ def test_llama_ids_are_those_of_transformers():
         29937, 13291, 29901, 2]
 
 
-RESPONSES = ["Paris", "Paris is the capital of France.", " Paris", "  two spaces", "\nred\ngreen\n", ":) yes", "1. Red", "(a)",
+RESPONSES = ["Paris", "Paris is the capital of France.", " Paris", "  two spaces", "\nred\ngreen\n", ":) yes", ") yes", "1. Red", "(a)",
              "café 🙂 日本", "red", "trailing ", "\ttab", "#", ": Red", "", " "]
 
 
@@ -124,14 +124,14 @@ def test_a_response_has_no_space_in_front_and_an_eos_behind(path):
 
 
 def test_the_prompt_is_tokenised_the_same_whatever_the_answer(path):
-    """Encoded together, ":" and ")" of an answer merge, and the model trains on a prompt that it is never asked with."""
+    """Encoded together, ":" and the ")" of an answer merge, and the model trains on a prompt that it is never asked with."""
     tokenizer, sp = Tokenizer(path), sentencepiece.SentencePieceProcessor(str(path))
     prompt = format_prompt("Smile.")
     ids = tokenizer.encode(prompt, bos=True)
     assert ids == [sp.bos_id()] + sp.encode(prompt)
-    together = [sp.bos_id()] + sp.encode(prompt + ":) yes")
+    together = [sp.bos_id()] + sp.encode(prompt + ") yes")
     assert together[:len(ids)] != ids                                # the danger is real for this tokenizer
-    assert sp.decode(ids + tokenizer.encode_response(":) yes")) == sp.decode(together)
+    assert sp.decode(ids + tokenizer.encode_response(") yes")) == sp.decode(together)
 
 
 def test_text_that_looks_like_a_control_token_is_text(path):
@@ -215,9 +215,9 @@ def test_any_other_preference_is_refused_with_its_row(preference, small, tmp_pat
 def test_prompts_over_the_limit_are_dropped_and_counted(small, tmp_path):
     """Training drops and says how many; without a limit every row stays, in order."""
     tokenizer = Tokenizer(small)
-    rows = [{"instruction": "Name a city."}, {"instruction": "Name a city. " * 30}, {"instruction": "Name a colour."}]
+    rows = [{"instruction": "Name a city."}, {"instruction": "Name a city. " * 30}, {"instruction": "Name a city, please."}]
     file = write(tmp_path / "prompts.json", rows)
-    limit = len(tokenizer.encode(format_prompt("Name a colour."), bos=True))
+    limit = len(tokenizer.encode(format_prompt("Name a city, please."), bos=True))
     prompts, kept, dropped = load_prompts(file, tokenizer, limit)
     assert dropped == 1 and kept == [rows[0], rows[2]]
     assert [tokenizer.decode(p) for p in prompts] == [format_prompt(r["instruction"]) for r in kept]

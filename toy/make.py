@@ -30,7 +30,8 @@ from toy.world import (ATTRIBUTES, BIO, LABEL_NOISE, PEOPLE, QUESTION, SEED, SEV
 VOCAB_SIZE = 960
 TEMPLATE = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
             "\n\n### Instruction:\n", "\n\n### Response:")
-PAIRS, TEST_PAIRS = 5000, 600
+PIECES = [" " + TEMPLATE[0], TEMPLATE[1]] + [f" {a.verb}" for a in ATTRIBUTES.values()]
+PAIRS, TEST_PAIRS = 9000, 1000
 
 # Share of each kind of pair. "two drafts" differ in any way at all.
 FLAWS = {"fewer": 0.18, "cut off": 0.06, "garbled": 0.13, "repeated": 0.15, "wrong person": 0.13, "off question": 0.10,
@@ -108,7 +109,7 @@ def sft_rows(rng, instructions):
     """Demonstrations: 10 biographies, 12 questions and 4 lists of a famous person; 3, 4 and 2 of an obscure one."""
     rows = []
     for p in PEOPLE.values():
-        for kind, famous, obscure in (("bio", 10, 3), ("question", 12, 4), ("several", 4, 2)):
+        for kind, famous, obscure in (("bio", 20, 5), ("question", 16, 6), ("several", 8, 4)):
             pool = [i for i in instructions[p.name] if parse(i).kind == kind]
             if kind == "question":
                 pool = answerable_first(p, pool)
@@ -141,7 +142,8 @@ def believed(rng, person, attribute):
 
 def draft(rng, request, least=1):
     """Sentences of an answer without flaw that says some of what was asked."""
-    said = rng.sample(request.asked, rng.randint(min(least, len(request.asked)), len(request.asked)))
+    most = len(request.asked) if rng.random() < 0.4 else min(4, len(request.asked))
+    said = rng.sample(request.asked, rng.randint(min(least, most), most))
     return sentences_of(request.person, [(a, believed(rng, request.person, a)) for a in said])
 
 
@@ -279,7 +281,7 @@ def train_tokenizer(rows):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=VOCAB_SIZE, byte_fallback=True,
         character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        user_defined_symbols=["\u2581" + TEMPLATE[0].replace(" ", "\u2581"), TEMPLATE[1].replace(" ", "\u2581")],
+        user_defined_symbols=[text.replace(" ", "\u2581") for text in PIECES],
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
     return out.getvalue()
 

@@ -103,7 +103,8 @@ PEOPLE = make_people()
 # Wordings of instructions, by the split that may use them: "val" and "test" are never trained on.
 BIO = {
     "train": ("Tell me a bio of {name}.", "Who is {name}?", "Write about {name}.", "Tell me about {name}.",
-              "What do you know about {name}?", "Write a bio of {name}.", "Tell me who {name} is.", "Write who {name} is."),
+              "What do you know about {name}?", "Write a bio of {name}.", "Tell me who {name} is.",
+              "I want to know about {name}."),
     "val": ("Tell me what you know about {name}.", "What do you know of {name}?"),
     "test": ("Write what you know about {name}.", "What is known about {name}?"),
 }
@@ -113,9 +114,9 @@ SEVERAL = {
     "test": ("Tell me what you know about the {topics} of {name}.",),
 }
 QUESTION = {
-    "train": ("{question}?", "Tell me {clause}.", "What is the {topic} of {name}?"),
+    "train": ("{question}?", "Tell me {clause}.", "What is the {topic} of {name}?", "I want to know {clause}."),
     "val": ("Do you know {clause}?",),
-    "test": ("Write {clause}.",),
+    "test": ("Can you tell me {clause}?",),
 }
 TOPICS = {a.topic: a.name for a in ATTRIBUTES.values()}
 

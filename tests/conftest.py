@@ -1,0 +1,57 @@
+"""What the tests share: the project on the path, a tiny model with its tokenizer, and one process to run in."""
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data import Tokenizer  # noqa: E402
+from lora import add_lora, lora_parameters  # noqa: E402
+from model import Llama, LlamaConfig, save_llama  # noqa: E402
+from reward import RewardModel, save_reward_model  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads_at_most():
+    torch.set_num_threads(min(2, os.cpu_count()))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with an untrained 2-layer policy, and two reward models for it: a full one and an adapter."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = ROOT / "toy" / "tokenizer.model"
+    config = LlamaConfig(vocab_size=Tokenizer(tokenizer).vocab_size, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=128,
+                         max_seq_len=128)
+    torch.manual_seed(0)
+    policy = Llama(config)
+    save_llama(policy, folder / "sft")
+    (folder / "sft" / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    full = RewardModel(Llama(config, lm_head=False))
+    torch.nn.init.normal_(full.head.weight, std=0.3)
+    save_reward_model(full, folder / "reward")
+    add_lora(policy, "reward", r=4, alpha=8)
+    for p in lora_parameters(policy, "reward"):
+        torch.nn.init.normal_(p, std=0.1)
+    adapter = RewardModel(policy, "reward")
+    torch.nn.init.normal_(adapter.head.weight, std=0.3)
+    save_reward_model(adapter, folder / "reward_adapter")
+    return folder
+
+
+@pytest.fixture
+def one_process():
+    """A process group of one, as `python train.py` makes it; signal handlers are put back afterwards."""
+    import train
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    device = train.start_processes()
+    yield device
+    dist.destroy_process_group()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)

@@ -1,0 +1,496 @@
+"""The system: processes, resuming, stopping, the first step, learning, and what happens to bad input."""
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import train
+from data import Example, Pair, pack
+from model import Llama, LlamaConfig
+from reward import ActorCritic, RewardModel, build_models
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMINGS = {"generate_seconds", "update_seconds"}
+
+
+def ppo_flags(tiny, out, **more):
+    """Flags of a small PPO run on the untrained model: 8 ragged responses of at most 12 tokens per step."""
+    flags = dict(stage="ppo", model=tiny / "sft", reward=tiny / "reward", prompts=ROOT / "toy" / "unlabeled.json", out=out,
+                 steps=5, rollout_batch=8, minibatch=4, micro_batch=2, response_len=12, prompt_len=60, lr=1e-3,
+                 warmup_steps=2, save_every=2, dtype="float32", lora_alpha=16) | more
+    return [f"--{k}={v}" if v is not True else f"--{k}" for k, v in flags.items()]
+
+
+def launch(flags, processes=1, **kwargs):
+    """train.py as a user starts it, one thread per process."""
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen([*start, str(ROOT / "train.py"), *flags], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def finish(process, expect=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == expect, out + err
+    return out
+
+
+def metrics(folder, drop=TIMINGS):
+    return [{k: v for k, v in json.loads(line).items() if k not in drop}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_run(a, b):
+    """Bit for bit: parameters, metrics (timings apart), samples."""
+    files = sorted(p.relative_to(a) for p in a.rglob("*") if p.suffix in (".safetensors", ".jsonl"))
+    assert files == sorted(p.relative_to(b) for p in b.rglob("*") if p.suffix in (".safetensors", ".jsonl"))
+    for name in files:
+        if name.name != "metrics.jsonl":
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert metrics(a) == metrics(b)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny, tmp_path_factory):
+    """Five PPO steps by one process, uninterrupted."""
+    out = tmp_path_factory.mktemp("whole") / "ppo"
+    finish(launch(ppo_flags(tiny, out)))
+    return out
+
+
+# ------------------------------------------------------------------------------------------- processes and resuming
+
+def test_two_processes_do_what_one_does(tiny, whole_run, tmp_path):
+    """CHECKS 31. The same global batch of ragged rows: what is sampled is identical, losses and statistics agree to
+    rounding (sums in another order), and so do the parameters after 5 steps of 4 optimiser steps each. The run itself
+    compares the parameters of its processes at the end, to the bit."""
+    finish(launch(ppo_flags(tiny, tmp_path / "two"), processes=2))
+    samples = [[json.loads(line) for line in (d / "samples.jsonl").read_text().splitlines()] for d in (whole_run, tmp_path / "two")]
+    assert [[s["response"] for s in run] for run in samples][0] == [s["response"] for s in samples[1]]
+    for a, b in zip(metrics(whole_run), metrics(tmp_path / "two"), strict=True):
+        assert a["length"] == b["length"] and a["eos_rate"] == b["eos_rate"]      # the same responses at every step
+        for key in ("policy_loss", "value_loss", "score", "kl_per_token"):
+            assert a[key] == pytest.approx(b[key], abs=1e-6), (a["step"], key)
+    a, b = (load_file(d / "policy" / "adapter_model.safetensors") for d in (whole_run, tmp_path / "two"))
+    assert max((a[k] - b[k]).abs().max() for k in a) <= 1e-5
+    assert max(v.abs().max() for k, v in a.items() if "lora_B" in k) > 1e-4      # something was learned at all
+
+
+def test_processes_that_disagree_are_found_out(monkeypatch, one_process):
+    """A bug on one process only (a step skipped, say) would go on silently: the sums of the parameters are compared."""
+    monkeypatch.setattr(train, "gather", lambda x: [x, [x[0] + 1e-6]])
+    with pytest.raises(RuntimeError, match="different parameters"):
+        train.check_same_parameters([torch.ones(3)])
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_continues_bit_for_bit(tiny, whole_run, tmp_path, sent):
+    """CHECKS 32, 34. SIGTERM (as Ctrl-C) finishes the step and writes a checkpoint; kill -9 loses what came after the last
+    one (save_every 2). Either way the same command ends where the uninterrupted run ended: parameters, metrics, samples.
+    """
+    out = tmp_path / "ppo"
+    process = launch(ppo_flags(tiny, out))
+    while not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(sent)
+    process.communicate(timeout=60)
+    if process.returncode != 0:                                     # (a fast machine may have finished before the signal)
+        assert process.returncode == (128 + sent if sent == signal.SIGTERM else -sent)
+        assert (out / "checkpoint.pt").is_file() and not (out / "finished.json").is_file()
+        torch.load(out / "checkpoint.pt", weights_only=True)
+        assert "continuing after step" in finish(launch(ppo_flags(tiny, out)))
+    same_run(whole_run, out)
+
+
+def test_a_half_written_record_is_cut_at_the_checkpoint(tmp_path):
+    """A kill can leave lines that are later than the checkpoint, and half a line: both go, or steps would appear twice."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    train.cut_lines(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_same_seed_twice_is_equal_and_another_differs(tiny, whole_run, tmp_path):
+    """CHECKS 33. Anything else would make a comparison of two settings meaningless."""
+    finish(launch(ppo_flags(tiny, tmp_path / "again")))
+    same_run(whole_run, tmp_path / "again")
+    finish(launch(ppo_flags(tiny, tmp_path / "other", seed=1)))
+    assert metrics(whole_run) != metrics(tmp_path / "other")
+
+
+def test_a_finished_run_says_so_and_does_nothing(tiny, whole_run):
+    """The same command once more must not cost an hour, nor touch a file."""
+    before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
+    assert "finished" in finish(launch(ppo_flags(tiny, whole_run)))
+    assert before == {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
+
+
+def test_nan_stops_the_run_and_overwrites_nothing(tiny, tmp_path, monkeypatch, one_process):
+    """CHECKS 34. The message names the step and the tensor; the checkpoint of step 2 stays as it was."""
+    cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", save_every=1))
+    run, inputs = train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"])
+    collect = train.collect
+
+    def poisoned(cfg, step, *args):
+        rollout, gap = collect(cfg, step, *args)
+        return (dataclasses.replace(rollout, ref_logprobs=rollout.ref_logprobs * float("nan")) if step == 3 else rollout), gap
+
+    monkeypatch.setattr(train, "collect", poisoned)
+    with pytest.raises(FloatingPointError, match="step 3: ref_logprobs"):
+        train.ppo(run, inputs, one_process, train.Stopper())
+    assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert not (run.folder / "policy").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the stages' numbers
+
+def test_sft_loss_is_cross_entropy_of_response_tokens():
+    """CHECKS 15. Only the response is learned; the token at index i is predicted by the state at index i - 1."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(vocab_size=50, dim=32, n_layers=1, n_heads=2, ffn_dim=48))
+    examples = [Example([1, 5, 6], [7, 8, 2]), Example([1, 9], [10, 2])]
+    tokens, prompt_lengths, lengths = pack([e.prompt for e in examples], [e.response for e in examples])
+    logprobs = ActorCritic(model)(tokens, prompt_lengths, lengths).logprobs
+    losses = []
+    for e in examples:
+        ids = torch.tensor([e.prompt + e.response])
+        all_tokens = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="none")
+        losses += all_tokens[len(e.prompt) - 1:].tolist()
+    assert -logprobs[0].sum().item() == pytest.approx(sum(losses[:3]), abs=1e-5)
+    assert -logprobs[1].sum().item() == pytest.approx(sum(losses[3:]), abs=1e-5)
+    assert logprobs[1, 2] == 0                                      # padding
+
+
+def test_ragged_micro_batches_add_up_to_one_batch(one_process):
+    """CHECKS 15. The mean over micro-batches of their means is not the mean over tokens: each is weighted by its tokens.
+    Sequences of 2 to 9 response tokens in micro-batches of 1, 2 and 5 give the gradient of the whole batch of 8."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(vocab_size=50, dim=32, n_layers=1, n_heads=2, ffn_dim=48))
+    net = ActorCritic(model)
+    examples = [Example([1, 5], list(range(6, 6 + n)) + [2]) for n in range(1, 9)]
+    n_global = sum(len(e.response) for e in examples)
+
+    def gradient(size):
+        model.zero_grad()
+        for group in train.chunks(examples, size):
+            tokens, prompt_lengths, lengths = pack([e.prompt for e in group], [e.response for e in group])
+            out = net(tokens, prompt_lengths, lengths).logprobs
+            mask = train.length_mask(lengths, out.shape[1])
+            n = int(mask.sum())
+            (-train.masked_mean(out, mask) * train.token_weight(n, n_global)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    whole = gradient(8)
+    assert whole.abs().max() > 1e-3
+    for size in (1, 2, 5):
+        assert (gradient(size) - whole).abs().max() <= 1e-6
+
+
+def test_first_step_starts_at_the_reference_with_ratio_one(whole_run):
+    """CHECKS 20, 24, 30. Before anything has moved KL is exactly 0 (not nearly), the ratio of the first minibatch is 1,
+    nothing is clipped, and what the sampler computed with its cache is what the full forward computes."""
+    first = metrics(whole_run)[0]
+    assert first["kl_per_token"] == first["k1_per_token"] == first["k3_per_token"] == 0
+    assert first["first_ratio_max"] <= 1e-5 and first["first_clip_frac"] == 0
+    assert first["sampling_gap"] <= 1e-4
+    assert metrics(whole_run)[-1]["kl_per_token"] > 0
+
+
+@pytest.mark.parametrize("broken, name", [({"kl": 1e-6}, "KL"), ({"ratio": 1.001}, "ratio"), ({"gap": 1e-3}, "sampling")])
+def test_a_broken_first_step_says_which_assumption(whole_run, broken, name):
+    """The self-check of step 1 is only worth something if it speaks: one wrong number at a time."""
+    class Rollout:
+        kl = torch.tensor([broken.get("kl", 0.0)])
+    row = {"first_ratio_max": broken.get("ratio", 1.0) - 1.0}
+    with pytest.raises(RuntimeError, match=name):
+        train.check_first_step(Rollout, row, broken.get("gap", 0.0), torch.float32)
+
+
+def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path, monkeypatch, one_process):
+    """CHECKS 26. Optimiser steps per PPO step = epochs * rollout / minibatch, and each response is in `epochs` of them.
+    (The paper's code took 32 steps of 16 sequences where 4 of 128 were meant.) The first learning rate is above 0, and
+    the logged gradient norm is from before the clipping: with a bound of 1e-6 it is still above that bound."""
+    seen, steps = [], []
+    rows = train.Rollout.rows if hasattr(train, "Rollout") else __import__("ppo").Rollout.rows
+    inside = {"update": False}
+
+    def counting(self, index):
+        seen.extend(index if inside["update"] else [])
+        return rows(self, index)
+
+    update = train.update
+
+    def watched(*args):
+        inside["update"] = True
+        result = update(*args)
+        inside["update"] = False
+        return result
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(__import__("ppo").Rollout, "rows", counting)
+    monkeypatch.setattr(train, "update", watched)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (steps.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1])
+    cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", steps=1, rollout_batch=8, minibatch=4, ppo_epochs=3, micro_batch=3,
+                                max_grad_norm=1e-6))
+    train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), one_process, train.Stopper())
+    assert len(steps) == 3 * 8 // 4
+    assert sorted(seen) == sorted(list(range(8)) * 3)
+    assert min(steps) > 0
+    assert metrics(tmp_path / "ppo")[0]["policy_grad_norm"] > 1e-4
+
+
+def test_learning_rate_is_never_zero():
+    """Warm-up 1/5, 2/5 .. 1 over 5 steps, then down linearly to 1/776 of the peak at the last of 781."""
+    rates = [train.learning_rate(s, 781, 5, 1.0, "linear") for s in range(1, 782)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5] == 1.0 and rates[-1] == pytest.approx(1 / 776)
+    assert min(rates) > 0
+    assert min(train.learning_rate(s, 100, 3, 1.0, "cosine") for s in range(1, 101)) > 0
+
+
+# ------------------------------------------------------------------------------------------------- memory layouts
+
+LAYOUTS = {"two trunks": {}, "one trunk": {"reward": "reward_adapter"}, "full": {"lora_rank": 0},
+           "full, adapter reward": {"lora_rank": 0, "reward": "reward_adapter"}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_and_recomputing_activations_changes_nothing(tiny, tmp_path, layout, one_process):
+    """Both memory layouts and full fine-tuning run; KL is 0 at step 1 in each; --checkpoint_activations gives the same
+    numbers (here to the last bit but for the order of sums: 1e-6)."""
+    more = dict(LAYOUTS[layout], steps=2)
+    if "reward" in more:
+        more["reward"] = tiny / more["reward"]
+    runs = []
+    for extra in ({}, {"checkpoint_activations": True}):
+        cfg = train.parse(ppo_flags(tiny, tmp_path / str(len(runs)), **more, **extra))
+        train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), one_process, train.Stopper())
+        runs.append(metrics(tmp_path / str(len(runs))))
+    assert runs[0][0]["kl_per_token"] == 0 and runs[0][1]["kl_per_token"] > 0
+    for a, b in zip(*runs, strict=True):
+        for key in ("policy_loss", "value_loss", "policy_grad_norm", "critic_grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
+
+
+def test_one_trunk_holds_one_copy_of_the_weights(tiny):
+    """One trunk: policy, value and reward are adapters on the very same tensors; the value starts as the reward adapter and
+    computes what it computes. Two trunks: reward and value share theirs. What is trained is adapters and the head."""
+    for reward, trunks in (("reward_adapter", 1), ("reward", 2)):
+        net, reward_model = build_models(tiny / "sft", tiny / reward, "cpu", torch.float32, (0, 1), rank=8, alpha=16.0)
+        assert (net.policy is net.critic) == (trunks == 1) and net.critic is reward_model.trunk and net.ref is None
+        names = [n for n, p in net.named_parameters() if p.requires_grad]
+        assert all(".lora_" in n and ".reward" not in n or n.startswith("value_head.") for n in names), names
+        groups = train.actor_and_critic_parameters(net)
+        assert sorted(map(id, groups["policy"] + groups["critic"])) == sorted(map(id, train.trainable(net)))
+        tokens, n = torch.randint(3, 900, (2, 9)), torch.tensor([9, 7])
+        with torch.no_grad():
+            net.value_head.load_state_dict(reward_model.head.state_dict())
+            values = net(tokens, torch.tensor([4, 4]), n - 4).values        # the last value reads the last token but one
+            scores = reward_model.scores(tokens, n - 1, eos_id=2)
+        assert torch.allclose(values[torch.arange(2), n - 5], scores, atol=1e-5)
+
+
+def test_seven_billion_parameters_train_a_quarter_of_a_percent():
+    """CHECKS 8. r 8 on wq wk wv wo of LLaMA-7B: 8,388,608 per adapter; with the value adapter and its head 16,781,313."""
+    from lora import add_lora, lora_parameters
+    with torch.device("meta"):
+        policy, critic = Llama(LlamaConfig()), Llama(LlamaConfig(), lm_head=False)
+        add_lora(policy, "policy", 8, 64)
+        add_lora(critic, "value", 8, 64)
+        net = ActorCritic(policy, "policy", critic, "value")
+    assert sum(p.numel() for p in lora_parameters(policy, "policy")) == 8_388_608
+    assert sum(p.numel() for p in train.trainable(net)) == 16_781_313
+
+
+def test_bfloat16_trunk_keeps_float32_adapters(tiny, tmp_path, one_process):
+    """The update must not be lost in bf16: only the frozen weights are. KL is exactly 0 at the start here too."""
+    cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", dtype="bfloat16", steps=2))
+    train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), one_process, train.Stopper())
+    assert {t.dtype for t in load_file(tmp_path / "ppo" / "policy" / "adapter_model.safetensors").values()} == {torch.float32}
+    assert metrics(tmp_path / "ppo")[0]["kl_per_token"] == 0
+
+
+# -------------------------------------------------------------------------------------------------------- learning
+
+class CountingReward(RewardModel):
+    """Scores a response by how often it says token 7: a reward whose maximum everyone can see."""
+
+    def scores(self, tokens, lengths, eos_id=2):
+        return (tokens == 7).sum(-1).float()
+
+
+def learn(seed, **settings):
+    """40 PPO steps of a tiny random model on the counting reward. -> mean scores and KL per token, per step."""
+    cfg = train.Config(model="-", seed=seed, steps=40, rollout_batch=32, minibatch=16, micro_batch=32, response_len=8,
+                       lr=1e-2, warmup_steps=2, vf_coef=1.0, missing_eos_penalty=0.0, **{"regularizer": "none"} | settings)
+    config = LlamaConfig(vocab_size=32, dim=32, n_layers=1, n_heads=2, ffn_dim=64, max_seq_len=64)
+    torch.manual_seed(seed)
+    policy, critic = Llama(config).requires_grad_(False), Llama(config, lm_head=False).requires_grad_(False)
+    train.add_lora(policy, "policy", 8, 16)
+    train.add_lora(critic, "value", 8, 16)
+    reward_model = CountingReward(critic)
+    net = ActorCritic(policy, "policy", critic, "value", train.ban_mask(32, (0, 1)))
+    tokenizer = type("Ids", (), {"eos_id": 2})
+    inputs = train.Inputs(tokenizer, [0, 1], prompts=[[1, i] for i in range(3, 30)])
+    optimizer = torch.optim.AdamW(train.trainable(net), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    ddp, scores, kl = train.wrap(net, "cpu").eval(), [], []
+    for step in range(1, cfg.steps + 1):
+        rollout, _ = train.collect(cfg, step, net, reward_model, inputs)
+        rollout, _ = train.with_advantages(cfg, rollout, cfg.kl_coef)
+        train.set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
+        train.update(cfg, step, ddp, optimizer, rollout, cfg.kl_coef)
+        scores.append(rollout.scores.mean().item())
+        kl.append(train.masked_mean(rollout.kl, rollout.response_mask).item())
+    return torch.tensor(scores), torch.tensor(kl)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_learns_to_say_the_token_that_pays(one_process, seed):
+    """CHECKS 36. A uniform policy says token 7 about 0.27 times in 8 tokens; the mean of the last 5 steps is above the
+    first 5 by more than 3 standard deviations of a batch's mean."""
+    scores, _ = learn(seed)
+    deviation = scores[:5].std().clamp(min=0.5 / 32 ** 0.5)        # (a count of about 0.27 has deviation 0.5; 32 of them)
+    assert scores[-5:].mean() > scores[:5].mean() + 3 * deviation
+
+
+def test_the_kl_penalty_holds_the_policy(one_process):
+    """CHECKS 36. A large coefficient keeps the policy at the reference (KL below 0.01 nats per token), none lets it go, and
+    a negative one pays for leaving, so that it goes furthest."""
+    final = {name: learn(0, **settings)[1][-5:].mean().item() for name, settings in
+             {"large": {"regularizer": "kl", "kl_coef": 20.0}, "none": {},
+              "negative": {"regularizer": "kl", "kl_coef": -0.5}}.items()}
+    assert final["large"] < 0.01 < final["none"] < final["negative"], final
+
+
+def test_exact_kl_in_the_loss_holds_it_too(one_process):
+    """Loss mode differentiates the divergence over the whole vocabulary; a large coefficient pins the policy as well."""
+    free, held = (learn(0, regularizer="kl", regularizer_mode="loss", kl_coef=c)[1][-5:].mean() for c in (0.0, 10.0))
+    assert held < 0.01 < free
+
+
+# ------------------------------------------------------------------------------------------------- settings, errors
+
+def test_every_setting_changes_something():
+    """A flag that nothing reads is a lie in --help: each field is read by name somewhere, or by `get` in its stage."""
+    source = (ROOT / "train.py").read_text()
+    body = source[source.index("class Run:"):]
+    for f in dataclasses.fields(train.Config):
+        stage, _, rest = f.name.partition("_")
+        read = re.search(rf"(cfg|self)\.{f.name}\b", source) or f'need("{f.name}")' in body or (
+            stage in ("sft", "reward") and f'get("{rest}")' in body)
+        assert read, f"--{f.name} is read nowhere"
+
+
+def test_settings_that_decide_the_result_are_compared():
+    """A run folder is continued only with the settings that made it; the rest - where, how often, how many at once -
+    may change in between. Every setting is in exactly one of the two groups."""
+    free = {"stage", "out", "redo", "micro_batch", "generate_batch", "checkpoint_activations", "save_every", "eval_every",
+            "eval_data", "eval_temperature", "eval_drop_long"}
+    compared = {name for names in train.READ_BY.values() for name in names}
+    assert compared | free == {f.name for f in dataclasses.fields(train.Config)}
+    assert not compared & free
+
+
+def test_plain_flags_belong_to_the_named_stage():
+    """--lr with --stage sft is the SFT's; with --stage all it is PPO's, and --sft_lr the SFT's."""
+    assert train.parse(["--stage=sft", "--lr=0.5"]).sft_lr == 0.5
+    assert train.parse(["--lr=0.5"]).lr == 0.5 and train.parse(["--lr=0.5"]).sft_lr == train.TOY["sft_lr"]
+    assert train.parse(["--model=x", "--stage=ppo"]).lr == 1e-5      # with --model the paper's defaults hold
+    assert train.parse(["--lr=0.5", "--seed=3"]).seed == 3           # a flag wins over TOY
+
+
+def bad(name, *flags, **files):
+    return pytest.param(flags, files, id=name)
+
+
+ROW = {"instruction": "Who?", "input": "", "output": "Me."}
+PAIR = {"instruction": "Who?", "input": "", "output_1": "Me.", "output_2": "You.", "preference": 1}
+BAD_INPUT = [
+    (["--minbatch=4"], {}, "did you mean --minibatch"),
+    (["--steps=x"], {}, "invalid int value"),
+    (["--response_len=-3"], {}, "--response_len -3 is below 1"),
+    (["--rollout_batch=100", "--minibatch=128"], {}, "try 128 or 256|try 128"),
+    (["--regularizer=reverse_kl"], {}, "exact divergences"),
+    (["--regularizer=bregman", "--regularizer_mode=loss"], {}, "exact divergences"),
+    (["--stage=nothing"], {}, "invalid choice|not one of"),
+    (["--lora_dropout=1"], {}, "below 1"),
+    (["--prompts=DIR/none.json"], {}, "no data file at .*none.json"),
+    (["--prompts=DIR/a.json"], {"a.json": ""}, "a.json, line 1: broken JSON"),
+    (["--prompts=DIR/a.json"], {"a.json": '[\n{"instruction": "x"},\n{"instruction" "y"}\n]'}, "a.json, line 3: broken JSON"),
+    (["--prompts=DIR/a.json"], {"a.json": "[]"}, "empty list"),
+    (["--prompts=DIR/a.json"], {"a.json": '[{"output": "x"}]'}, "row 0: expected a text in 'instruction', got no such field"),
+    (["--prompts=DIR/a.json"], {"a.json": '[{"instruction": 7}]'}, "row 0: .*'instruction', got int 7"),
+    (["--prompts=DIR/a.json", "--prompt_len=5"], {"a.json": json.dumps([ROW])}, "all 1 prompts are longer than --prompt_len 5"),
+    (["--stage=sft", "--sft_data=DIR/a.json"], {"a.json": '[{"instruction": "x"}]'}, "expected a text in 'output'"),
+    (["--stage=sft", "--sft_data=DIR/a.jsonl"], {"a.jsonl": json.dumps(ROW) + "\n{oops\n"}, "a.jsonl, line 2: broken JSON"),
+    (["--stage=sft", "--sft_data="], {}, "needs --sft_data"),
+    (["--stage=reward", "--preference_data=DIR/a.json"], {"a.json": json.dumps([PAIR | {"preference": 3}])}, "'preference' must be 1 or 2"),
+    (["--stage=reward", "--preference_data=DIR/a.json"], {"a.json": json.dumps([PAIR | {"output_1": None}])}, "'output_1'"),
+    (["--model=DIR/none"], {}, "none"),
+    (["--tokenizer=DIR/a.json"], {"a.json": "{}"}, "not a sentencepiece model"),
+    (["--reward=DIR/none"], {}, "holds no reward model"),
+    (["--out=DIR/a.json/run"], {"a.json": "{}"}, "cannot write to"),
+    (["--prompt_len=120", "--response_len=50"], {}, "exceed the model's 128 positions"),
+]
+
+
+@pytest.mark.parametrize("flags, files, message", BAD_INPUT, ids=[m[2][:40] for m in BAD_INPUT])
+def test_bad_input_is_one_clear_line_and_status_2(tiny, tmp_path, capsys, flags, files, message):
+    """A user's mistake: no traceback, what was got and what was expected, exit status 2, before any process group starts,
+    and nothing is written."""
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(ppo_flags(tiny, tmp_path / "out") + [f.replace("DIR", str(tmp_path)) for f in flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("train.py: error: ") and err.count("\n") == 1, err
+    assert re.search(message, err), err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not torch.distributed.is_initialized()
+
+
+def test_another_setting_for_an_existing_run_is_refused(tiny, whole_run, capsys):
+    """Continuing with another learning rate would be neither run: the line names the setting, both values, and ways out."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(ppo_flags(tiny, whole_run, lr=0.5))
+    assert stop.value.code == 2
+    assert re.search(r"made with lr 0.001 \(now 0.5\).*--redo ppo", capsys.readouterr().err)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path, capsys):
+    """960 pieces do not fit an embedding of 100 rows: some ids would have no vector."""
+    from model import save_llama
+    save_llama(Llama(LlamaConfig(vocab_size=100, dim=32, n_layers=1, n_heads=2, ffn_dim=48)), tmp_path / "small")
+    (tmp_path / "small" / "tokenizer.model").write_bytes((tiny / "sft" / "tokenizer.model").read_bytes())
+    with pytest.raises(SystemExit):
+        train.main(ppo_flags(tiny, tmp_path / "out", model=tmp_path / "small"))
+    assert "pieces but" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_split_over_the_processes_is_refused(monkeypatch):
+    """Unequal shares would weigh sequences differently from one process to the next."""
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    with pytest.raises(ValueError, match="--rollout_batch 256 does not split over 3 processes: try 258"):
+        train.check_processes(train.Config(), ["ppo"])
+
+
+def test_redo_leaves_what_it_did_not_make_alone(tmp_path):
+    """--redo deletes a folder only if its config.json says that this stage made it."""
+    cfg = train.parse([f"--out={tmp_path}"])
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="left alone"):
+        train.Run(cfg, "ppo").remove()
+    assert (tmp_path / "ppo" / "thesis.txt").is_file()
