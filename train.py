@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import (Tokenizer, batch_indices, length_mask, load_eval_rows, load_preferences, load_prompts, load_sft, pack,
                   permutation, split_by_instruction)
-from eval import accuracy_report, evaluate, load_run, pair_accuracy, report, score_pairs
+from eval import accuracy_report, evaluate, load_run, pair_accuracy, report, score_pairs, summarise
 from lora import add_lora, lora_parameters, merge_lora
 from model import Llama, LlamaConfig, generate, keyed_seed, load_llama, read_json, read_model_config, save_llama
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards, value_loss,
@@ -259,7 +259,7 @@ class Run:
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {"run": self.settings})
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
                 cut_lines(self.folder / name, checkpoint["step"] if checkpoint else 0)
         if checkpoint:
             say(f"{self.stage}: continuing after step {checkpoint['step']} of {self.folder}")
@@ -707,7 +707,7 @@ def step_line(row, steps, eta):
 
 def ppo(run, inputs, device, stopper):
     """PPO with LoRA: roll out, score, shape rewards, estimate advantages, update. Writes the adapters (or the models)."""
-    cfg, tokenizer = run.cfg, inputs.tokenizer
+    cfg = run.cfg
     torch.manual_seed(cfg.seed)
     with mistakes_in_one_line():
         net, reward_model = build_models(cfg.input_model("ppo"), cfg.reward_path(), device, cfg.trunk_dtype(device),
@@ -741,7 +741,12 @@ def ppo(run, inputs, device, stopper):
         run.append("metrics.jsonl", row)
         say(step_line(row, cfg.steps, (time.time() - start) / (step - first) * (cfg.steps - step)))
         if step == 1 or step % 10 == 0:
-            log_samples(run, step, rollout, tokenizer)
+            log_samples(run, step, rollout, inputs.tokenizer)
+        if cfg.eval_every and step % cfg.eval_every == 0 and inputs.eval_rows:
+            summary = summarise(evaluation(cfg, inputs, net, reward_model))
+            run.append("evals.jsonl", {"step": step} | summary)
+            say(f"{'':10} evaluation: won {summary['after']['win_before']['value']:.1%} +-"
+                f"{summary['after']['win_before']['se']:.1%} against SFT, score {summary['after']['score']:+.2f}")
         stopping = stopper.asked(device)
         if step % cfg.save_every == 0 or stopping:
             run.save_checkpoint(step, parameters, optimizer, kl_coef=kl_coef)
@@ -750,7 +755,7 @@ def ppo(run, inputs, device, stopper):
     check_same_parameters(parameters)
     if is_main():
         save_policy(net, run.folder / "policy", cfg.input_model("ppo"))
-        shutil.copy(tokenizer.path, run.folder / "policy" / "tokenizer.model")
+        shutil.copy(inputs.tokenizer.path, run.folder / "policy" / "tokenizer.model")
     run.finish(steps=cfg.steps, seconds=round(time.time() - start, 1))
 
 
@@ -763,17 +768,22 @@ def log_samples(run, step, rollout, tokenizer, n=4):
                                      "response": tokenizer.decode_response(ids[begin:]), "score": rollout.scores[i].item()})
 
 
-def evaluation(run, inputs, device):
-    """Answer the evaluation instructions before and after PPO, judge them, print and keep the table (eval.py)."""
-    cfg, path, start = run.cfg, run.folder / "eval.json", time.time()
-    with mistakes_in_one_line():
-        net, reward_model, tokenizer = load_run(run.folder, device, cfg.trunk_dtype(device))
+def evaluation(cfg, inputs, net, reward_model):
+    """Answers to the evaluation instructions before and after PPO, each process a share (eval.py). -> records, in order."""
     mine = range(rank(), len(inputs.eval_rows), world_size())
-    records = evaluate(net, reward_model, tokenizer, [inputs.eval_rows[i] for i in mine], mine, cfg.response_len,
+    records = evaluate(net, reward_model, inputs.tokenizer, [inputs.eval_rows[i] for i in mine], mine, cfg.response_len,
                        cfg.eval_temperature, cfg.seed, cfg.micro_batch)
-    records = sorted(sum(gather(records), []), key=lambda r: r["index"])
+    return sorted(sum(gather(records), []), key=lambda r: r["index"])
+
+
+def final_evaluation(run, inputs, device):
+    """Read the finished run back from its files, evaluate it, keep the records."""
+    with mistakes_in_one_line():
+        net, reward_model, _ = load_run(run.folder, device, run.cfg.trunk_dtype(device))
+    start = time.time()
+    records = evaluation(run.cfg, inputs, net, reward_model)
     if is_main():
-        write_json(path, {"seconds": round(time.time() - start, 1), "records": records})
+        write_json(run.folder / "eval.json", {"seconds": round(time.time() - start, 1), "records": records})
     dist.barrier()
 
 
@@ -880,7 +890,7 @@ def main(argv=None):
         else:
             say(f"{stage}: finished, in {run.folder} (to run it again: --redo {stage})")
     if evaluating:
-        evaluation(runs["ppo"], inputs, device)
+        final_evaluation(runs["ppo"], inputs, device)
     if is_main() and "ppo" in runs and (runs["ppo"].folder / "eval.json").is_file():
         print(report(runs["ppo"].folder))
     say(f"done in {clock(time.time() - started)}: {cfg.out}")

@@ -1,5 +1,4 @@
 """What the tests share: the project on the path, a tiny model with its tokenizer, and one process to run in."""
-import os
 import signal
 import sys
 from pathlib import Path
@@ -18,8 +17,9 @@ from reward import RewardModel, save_reward_model  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads_at_most():
-    torch.set_num_threads(min(2, os.cpu_count()))
+def one_thread():
+    """These models are so small that a second thread only waits."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train
-from data import Example, Pair, pack
-from model import Llama, LlamaConfig
+from data import Example, pack
+from lora import add_lora, lora_parameters
+from model import Llama, LlamaConfig, ban_mask, save_llama
+from ppo import Rollout
 from reward import ActorCritic, RewardModel, build_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,11 +212,10 @@ def test_first_step_starts_at_the_reference_with_ratio_one(whole_run):
 @pytest.mark.parametrize("broken, name", [({"kl": 1e-6}, "KL"), ({"ratio": 1.001}, "ratio"), ({"gap": 1e-3}, "sampling")])
 def test_a_broken_first_step_says_which_assumption(whole_run, broken, name):
     """The self-check of step 1 is only worth something if it speaks: one wrong number at a time."""
-    class Rollout:
-        kl = torch.tensor([broken.get("kl", 0.0)])
+    rollout = SimpleNamespace(kl=torch.tensor([broken.get("kl", 0.0)]))
     row = {"first_ratio_max": broken.get("ratio", 1.0) - 1.0}
     with pytest.raises(RuntimeError, match=name):
-        train.check_first_step(Rollout, row, broken.get("gap", 0.0), torch.float32)
+        train.check_first_step(rollout, row, broken.get("gap", 0.0), torch.float32)
 
 
 def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path, monkeypatch, one_process):
@@ -221,14 +223,12 @@ def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path,
     (The paper's code took 32 steps of 16 sequences where 4 of 128 were meant.) The first learning rate is above 0, and
     the logged gradient norm is from before the clipping: with a bound of 1e-6 it is still above that bound."""
     seen, steps = [], []
-    rows = train.Rollout.rows if hasattr(train, "Rollout") else __import__("ppo").Rollout.rows
+    rows, update, step = Rollout.rows, train.update, torch.optim.AdamW.step
     inside = {"update": False}
 
     def counting(self, index):
         seen.extend(index if inside["update"] else [])
         return rows(self, index)
-
-    update = train.update
 
     def watched(*args):
         inside["update"] = True
@@ -236,8 +236,7 @@ def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path,
         inside["update"] = False
         return result
 
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(__import__("ppo").Rollout, "rows", counting)
+    monkeypatch.setattr(Rollout, "rows", counting)
     monkeypatch.setattr(train, "update", watched)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (steps.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1])
     cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", steps=1, rollout_batch=8, minibatch=4, ppo_epochs=3, micro_batch=3,
@@ -302,7 +301,6 @@ def test_one_trunk_holds_one_copy_of_the_weights(tiny):
 
 def test_seven_billion_parameters_train_a_quarter_of_a_percent():
     """CHECKS 8. r 8 on wq wk wv wo of LLaMA-7B: 8,388,608 per adapter; with the value adapter and its head 16,781,313."""
-    from lora import add_lora, lora_parameters
     with torch.device("meta"):
         policy, critic = Llama(LlamaConfig()), Llama(LlamaConfig(), lm_head=False)
         add_lora(policy, "policy", 8, 64)
@@ -336,12 +334,13 @@ def learn(seed, **settings):
     config = LlamaConfig(vocab_size=32, dim=32, n_layers=1, n_heads=2, ffn_dim=64, max_seq_len=64)
     torch.manual_seed(seed)
     policy, critic = Llama(config).requires_grad_(False), Llama(config, lm_head=False).requires_grad_(False)
-    train.add_lora(policy, "policy", 8, 16)
-    train.add_lora(critic, "value", 8, 16)
+    for p in [*policy.parameters(), *critic.parameters()]:      # wide, as trained weights are: an adapter on the attention of
+        torch.nn.init.normal_(p, std=0.3) if p.dim() == 2 else None     # a freshly initialised model moves next to nothing
+    add_lora(policy, "policy", 8, 16)
+    add_lora(critic, "value", 8, 16)
     reward_model = CountingReward(critic)
-    net = ActorCritic(policy, "policy", critic, "value", train.ban_mask(32, (0, 1)))
-    tokenizer = type("Ids", (), {"eos_id": 2})
-    inputs = train.Inputs(tokenizer, [0, 1], prompts=[[1, i] for i in range(3, 30)])
+    net = ActorCritic(policy, "policy", critic, "value", ban_mask(32, (0, 1)))
+    inputs = train.Inputs(SimpleNamespace(eos_id=2), [0, 1], prompts=[[1, i] for i in range(3, 30)])
     optimizer = torch.optim.AdamW(train.trainable(net), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
     ddp, scores, kl = train.wrap(net, "cpu").eval(), [], []
     for step in range(1, cfg.steps + 1):
@@ -409,10 +408,6 @@ def test_plain_flags_belong_to_the_named_stage():
     assert train.parse(["--lr=0.5", "--seed=3"]).seed == 3           # a flag wins over TOY
 
 
-def bad(name, *flags, **files):
-    return pytest.param(flags, files, id=name)
-
-
 ROW = {"instruction": "Who?", "input": "", "output": "Me."}
 PAIR = {"instruction": "Who?", "input": "", "output_1": "Me.", "output_2": "You.", "preference": 1}
 BAD_INPUT = [
@@ -430,7 +425,7 @@ BAD_INPUT = [
     (["--prompts=DIR/a.json"], {"a.json": "[]"}, "empty list"),
     (["--prompts=DIR/a.json"], {"a.json": '[{"output": "x"}]'}, "row 0: expected a text in 'instruction', got no such field"),
     (["--prompts=DIR/a.json"], {"a.json": '[{"instruction": 7}]'}, "row 0: .*'instruction', got int 7"),
-    (["--prompts=DIR/a.json", "--prompt_len=5"], {"a.json": json.dumps([ROW])}, "all 1 prompts are longer than --prompt_len 5"),
+    (["--prompts=DIR/a.json", "--prompt_len=2"], {"a.json": json.dumps([ROW])}, "all 1 prompts are longer than --prompt_len 2"),
     (["--stage=sft", "--sft_data=DIR/a.json"], {"a.json": '[{"instruction": "x"}]'}, "expected a text in 'output'"),
     (["--stage=sft", "--sft_data=DIR/a.jsonl"], {"a.jsonl": json.dumps(ROW) + "\n{oops\n"}, "a.jsonl, line 2: broken JSON"),
     (["--stage=sft", "--sft_data="], {}, "needs --sft_data"),
@@ -471,7 +466,6 @@ def test_another_setting_for_an_existing_run_is_refused(tiny, whole_run, capsys)
 
 def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path, capsys):
     """960 pieces do not fit an embedding of 100 rows: some ids would have no vector."""
-    from model import save_llama
     save_llama(Llama(LlamaConfig(vocab_size=100, dim=32, n_layers=1, n_heads=2, ffn_dim=48)), tmp_path / "small")
     (tmp_path / "small" / "tokenizer.model").write_bytes((tiny / "sft" / "tokenizer.model").read_bytes())
     with pytest.raises(SystemExit):
