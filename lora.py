@@ -95,6 +95,9 @@ def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo"
     """
     if r < 1 or not 0 <= dropout < 1:
         raise ValueError(f"adapter {name}: r {r} must be at least 1 and dropout {dropout} in [0, 1)")
+    if not name.isidentifier() or hasattr(nn.ParameterDict(), name):
+        raise ValueError(f"an adapter cannot be called {name!r}: its name becomes part of parameter names, so it must be a "
+                         "word of letters, digits and _, and none of ParameterDict's own (keys, values, half, ..)")
     if lora_layers(model, name):
         raise ValueError(f"there is an adapter called {name} already: remove or merge it first")
     modules = dict(model.named_modules())
@@ -136,10 +139,24 @@ def adapter(model, name):
             layer.active = active
 
 
+class Reentered:
+    """A context that can be entered any number of times (a graph may be run backward twice): the adapter of now, again."""
+
+    def __init__(self, model):
+        self.model = model
+        self.name = next((layer.active for _, layer in lora_layers(model) if layer.active is not None), None)
+
+    def __enter__(self):
+        self.context = adapter(self.model, self.name)
+        self.context.__enter__()
+
+    def __exit__(self, *error):
+        return self.context.__exit__(*error)
+
+
 def recompute_context(model):
     """(context of the forward, context of its recomputation) of a checkpointed block; called when the block is run."""
-    active = next((layer.active for _, layer in lora_layers(model) if layer.active is not None), None)
-    return nullcontext(), adapter(model, active)
+    return nullcontext(), Reentered(model)
 
 
 def lora_parameters(model, name):

@@ -59,7 +59,7 @@ def training_instructions(rng, held):
         asked = [a for a in ATTRIBUTES if a not in held[p.name].values()]
         lists = ([bio(p, w) for w in BIO["train"]],
                  [question(p, a, w) for a in asked for w in QUESTION["train"]],
-                 [several(p, rng.sample(sorted(ATTRIBUTES), rng.randint(2, 4)), rng.choice(SEVERAL["train"])) for _ in range(24)])
+                 [several(p, rng.sample(sorted(ATTRIBUTES), rng.randint(2, 3)), rng.choice(SEVERAL["train"])) for _ in range(32)])
         for instructions in lists:
             instructions = sorted(set(instructions))
             rng.shuffle(instructions)
@@ -222,7 +222,7 @@ def rambling(rng, request, said):
     """On and on, over what was said or not asked."""
     used = [a.name for a in ATTRIBUTES.values() if any(f" {a.verb} " in s for s in said)]
     others = [a for a in ATTRIBUTES if a not in request.asked]
-    return said + more(rng, request.person, used + others, rng.randint(2, 7))
+    return said + more(rng, request.person, used + others, rng.randint(2, 5))
 
 
 def empty(rng, request, said):

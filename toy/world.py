@@ -1,6 +1,6 @@
 """The toy world: an encyclopedia of invented people, annotators that compare answers, and an exact fact checker.
 
-It is AlpacaFarm and FActScore in miniature. There are 80 people with 8 attributes each. A few are famous: the
+It is AlpacaFarm and FActScore in miniature. There are 60 people with 8 attributes each. A few are famous: the
 demonstrations teach all that is true of them. Most are obscure: the demonstrations teach 4 of their attributes, ever.
 Instructions ask for a biography, for one attribute, or for several; answers are sentences such as
 
@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 
 SEED = 0
-FAMOUS, OBSCURE = 24, 56          # people
+FAMOUS, OBSCURE = 20, 40          # people
 OBSCURE_TAUGHT = 4                # attributes of an obscure person that any demonstration mentions
 LABEL_NOISE = 0.10                # share of the labels in preference.json that are flipped
 
@@ -57,7 +57,7 @@ ATTRIBUTES = {a.name: a for a in (
               tuple("flute harp drum cello organ lute piano horn fiddle banjo guitar trumpet".split())),
     Attribute("pet", "keeps a", "pet", "What animal does {name} keep", "what animal {name} keeps",
               tuple("cat dog parrot goat turtle rabbit pony snake raven lizard hen ferret".split())),
-    Attribute("food", "likes to eat", "favourite food", "What does {name} like to eat", "what {name} likes to eat",
+    Attribute("food", "likes to eat", "food", "What does {name} like to eat", "what {name} likes to eat",
               tuple("bread cheese soup rice plums beans fish honey pears nuts eggs cake".split())),
     Attribute("study", "studied", "field", "What did {name} study", "what {name} studied",
               tuple("law physics history botany geometry logic algebra geology drama poetry ethics optics".split())),
@@ -143,7 +143,7 @@ def question(person, attribute, wording):
 def several(person, attributes, wording):
     """An instruction that asks for two or more attributes. wording: one of SEVERAL's."""
     topics = [ATTRIBUTES[a].topic for a in attributes]
-    return wording.format(topics=", the ".join(topics[:-1]) + " and the " + topics[-1], name=person.name)
+    return wording.format(topics=", ".join(topics[:-1]) + " and " + topics[-1], name=person.name)
 
 
 def wordings(table):
@@ -169,7 +169,7 @@ def parse(instruction):
         return Request(person, "question", (QUESTION_FORMS[form],))
     for pattern in SEVERAL_FORMS:
         match = pattern.fullmatch(form)
-        topics = re.split(", the | and the ", match.group(1)) if match else [None]
+        topics = re.split(", | and ", match.group(1)) if match else [None]
         if all(t in TOPICS for t in topics):
             return Request(person, "several", tuple(TOPICS[t] for t in topics))
     return Request(person, "bio", tuple(ATTRIBUTES)) if form in BIO_FORMS else None
