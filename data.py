@@ -19,6 +19,7 @@ Decisions:
 import json
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import sentencepiece
@@ -223,11 +224,12 @@ def split_by_instruction(pairs, share, seed):
 
 # --------------------------------------------------------------------------------------------------------- batches
 
+@lru_cache(maxsize=4)
 def permutation(n, seed, epoch):
     """A shuffle of range(n) that belongs to (seed, epoch) alone."""
     order = list(range(n))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    return order
+    return tuple(order)
 
 
 def batch_indices(n, batch_size, seed, step):

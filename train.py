@@ -575,7 +575,8 @@ def reward(run, inputs, device, stopper):
         model.head.bias -= sum(s["chosen"] + s["rejected"] for s in scored) / (2 * len(scored))
     accuracy = pair_accuracy(scored)
     if is_main():
-        trunk.to(dtype)
+        if full:
+            trunk.to(dtype)
         save_reward_model(model, run.folder, run=run.settings)
         shutil.copy(inputs.tokenizer.path, run.folder / "tokenizer.model")
     say(accuracy_report(accuracy))
@@ -634,7 +635,7 @@ def update(cfg, step, ddp, optimizer, rollout, kl_coef):
     table, norms, device = [], [], ddp.module.policy.device        # table: a row of statistics per micro-batch
     ddp.train()
     for epoch in range(cfg.ppo_epochs):
-        order = permutation(cfg.rollout_batch, f"{cfg.seed} {step}", epoch)
+        order = list(permutation(cfg.rollout_batch, f"{cfg.seed} {step}", epoch))
         for minibatch in chunks(order, cfg.minibatch):
             n_global = int(rollout.response_lengths[minibatch].sum())
             micro_batches = chunks(share(minibatch, lengths.__getitem__), cfg.micro_batch)
