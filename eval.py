@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 from data import Tokenizer, load_prompts
-from lora import adapter
-from model import generate, read_json
+from model import generate, read_json, read_model_config
 from reward import assess, build_models, load_policy, score_responses
 from toy import world
 
@@ -113,7 +112,8 @@ def load_run(folder, device="cpu", dtype=torch.float32):
     run = read_json(folder / "config.json")["run"]
     tokenizer = Tokenizer(folder / "policy" / "tokenizer.model")
     model, reward = (folder / p if (folder / p).is_dir() else p for p in (run["model"], run["reward"]))
-    net, reward_model = build_models(model, reward, device, dtype, (), run["lora_rank"], run["lora_alpha"])
+    banned_ids = tokenizer.banned_ids(read_model_config(model).vocab_size)
+    net, reward_model = build_models(model, reward, device, dtype, banned_ids, run["lora_rank"], run["lora_alpha"])
     load_policy(net, folder / "policy")
     return net.eval(), reward_model.eval(), tokenizer
 
@@ -121,11 +121,8 @@ def load_run(folder, device="cpu", dtype=torch.float32):
 def answer(net, prompts, tokenizer, trained=True, **settings):
     """Responses (ids) of the policy, or, with trained=False, of the model that it started from."""
     settings |= {"eos_id": tokenizer.eos_id, "banned_ids": tokenizer.banned_ids(net.policy.config.vocab_size)}
-    if trained:
-        with net.acting() as policy:
-            return generate(policy, prompts, **settings)
-    with adapter(net.policy, None):
-        return generate(net.ref or net.policy, prompts, **settings)
+    with net.acting(trained) as model:
+        return generate(model, prompts, **settings)
 
 
 def evaluate(net, reward_model, tokenizer, rows, row_ids, max_new_tokens, temperature, seed, micro_batch):

@@ -253,10 +253,9 @@ def ban_mask(vocab_size, banned_ids, device="cpu"):
 class KVCache:
     """Keys and values of all layers, allocated once; every row has its own length and writes at its own position."""
 
-    def __init__(self, config, rows, slots, device, dtype):
-        shape = (rows, config.n_kv_heads, slots, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+    def __init__(self, slots):
+        self.slots = slots       # prompt and new tokens of the longest row
+        self.k, self.v = [], []  # per layer (B, K, slots, d), in the dtype in which they are computed
         self.lengths = None      # (B,) tokens stored per row, set after the prompts are in
         self.used = 0            # no row is longer than this
         self.mask = None
@@ -272,7 +271,8 @@ class KVCache:
     def update(self, layer, k, v):
         """Store k, v (B, K, T, d) of one layer; return the keys, values and mask that its queries may see."""
         if self.lengths is None:
-            self.k[layer][:, :, :k.shape[2]], self.v[layer][:, :, :v.shape[2]] = k, v
+            for store, x in ((self.k, k), (self.v, v)):
+                store.append(F.pad(x, (0, 0, 0, self.slots - x.shape[2])))
             return k, v, None
         rows = torch.arange(len(self.lengths), device=k.device)
         self.k[layer][rows, :, self.lengths], self.v[layer][rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
@@ -390,7 +390,7 @@ def decode(model, prompts, u, pick, eos_id, banned, with_logprobs):
     max_new, device = u.shape[1], model.device
     u = u.to(device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new, device, model.tok_embeddings.weight.dtype)
+    cache = KVCache(int(lengths.max()) + max_new)
     x = model.hidden(pad_right(prompts).to(device), cache)                       # (B, T, D)
     x = x[torch.arange(len(prompts), device=device), lengths - 1]                # (B, D), the last prompt token's
     cache.lengths, cache.used = lengths, int(lengths.max())

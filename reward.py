@@ -110,10 +110,10 @@ class ActorCritic(nn.Module):
         self.ref, self.autocast_dtype, self.banned_mask = ref, autocast_dtype, banned_mask
 
     @contextmanager
-    def acting(self):
-        """Inside, self.policy is the policy (not the reference), in the precision that the update uses."""
-        with adapter(self.policy, self.policy_adapter), autocast(self.policy, self.autocast_dtype):
-            yield self.policy
+    def acting(self, trained=True):
+        """The policy to sample from, or (trained=False) the reference, in the precision that the update uses."""
+        with adapter(self.policy, self.policy_adapter if trained else None), autocast(self.policy, self.autocast_dtype):
+            yield self.policy if trained else self.ref or self.policy
 
     def forward(self, tokens, prompt_lengths, response_lengths, divergence=None):
         """tokens (B, T) right-padded, lengths (B,) -> Evaluation. divergence: name of an exact one, needs the reference."""
@@ -124,8 +124,7 @@ class ActorCritic(nn.Module):
         with autocast(self.policy, self.autocast_dtype):
             ref = None
             if divergence:
-                with torch.no_grad(), adapter(self.policy, None):
-                    ref_model = self.ref or self.policy
+                with torch.no_grad(), self.acting(trained=False) as ref_model:
                     ref = ref_model.output, states(ref_model.hidden(tokens))
             with adapter(self.policy, self.policy_adapter):
                 flat = response_logprobs(self.policy.output, states(self.policy.hidden(tokens)), targets,
@@ -180,12 +179,14 @@ def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
 def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, alpha=64.0, dropout=0.0):
     """The four models of PPO on one or two trunks, ready to train. -> ActorCritic (reference included), RewardModel.
 
-    rank 0 trains all weights of policy and critic, kept in float32, beside frozen copies in `dtype`.
+    rank 0 trains all weights of policy and critic instead, kept in float32 and computed in `dtype`; so is the frozen
+    copy that is the reference, or KL would not be exactly 0 at the start.
     """
-    policy = load_llama(model_path, device, dtype).requires_grad_(False)
+    policy = load_llama(model_path, device, dtype if rank else torch.float32).requires_grad_(False)
     reward_model = load_reward_model(reward_path, device, dtype, trunk=policy).requires_grad_(False)
     banned_mask = ban_mask(policy.config.vocab_size, banned_ids, device)
     if rank == 0:
+        reward_model.autocast_dtype = dtype
         critic = load_critic(model_path, reward_path, device).requires_grad_(True)
         return ActorCritic(load_llama(model_path, device), None, critic, None, banned_mask, policy, dtype), reward_model
     critic = reward_model.trunk

@@ -385,13 +385,14 @@ def test_chunked_logprobs_equal_unchunked_ones(per_chunk):
     assert not got[1].requires_grad and not got[2].requires_grad
 
 
-def test_chunked_logprobs_keep_no_full_logits_for_the_backward_pass():
-    """The reason to chunk: 300 states x 32,000 logits x 4 bytes would be kept per sequence. Nothing kept is that large."""
+def test_chunked_logprobs_keep_no_logits_for_the_backward_pass():
+    """The reason to chunk: 300 states x 32,000 logits x 4 bytes would be kept per sequence. 256 states of width 8 and 512
+    logits each, 16 at a time: all that is kept together is smaller than a quarter of the logits."""
     head, hidden = torch.nn.Linear(8, 512, bias=False), torch.randn(256, 8, requires_grad=True)
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         logprobs, _, _, _ = response_logprobs(head, hidden, torch.zeros(256, dtype=torch.long), max_logits=512 * 16)
-    assert logprobs.requires_grad and max(sizes) <= 512 * 16
+    assert logprobs.requires_grad and sum(kept) < 256 * 512 / 4
 
 
 # ------------------------------------------------------------------------------------------------------------ sampler
@@ -465,15 +466,6 @@ def test_a_token_is_the_first_whose_cumulative_probability_exceeds_the_uniform()
     logits = torch.tensor([-1e30, 0.0, -1e30, 0.0, 0.0]) + torch.tensor([0, .25, 1, .25, .5]).log().nan_to_num(neginf=0)
     uniforms = torch.tensor([0.0, 0.2, 0.26, 0.49, 0.51, 0.99, 1 - 2 ** -24])
     assert sample(logits.expand(7, 5), uniforms).tolist() == [1, 1, 3, 3, 4, 4, 4]
-
-
-def test_the_largest_uniform_draws_an_allowed_id_however_the_sum_is_rounded():
-    """float32 sums of probabilities end a little above or below 1, and u * total may round up to total, which no cumulative
-    sum exceeds. 1,000 rows of 300 ids, the last one banned: without care, an id beyond the vocabulary."""
-    logits = torch.randn(1000, 300, generator=torch.Generator().manual_seed(0))
-    logits[:, -1] = -1e30
-    ids = sample(logits, torch.full((1000,), 1 - 2 ** -24))
-    assert ids.max() < 299 and ids.min() >= 0
 
 
 def test_banned_ids_are_never_drawn():

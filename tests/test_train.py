@@ -310,12 +310,27 @@ def test_seven_billion_parameters_train_a_quarter_of_a_percent():
     assert sum(p.numel() for p in train.trainable(net)) == 16_781_313
 
 
-def test_bfloat16_trunk_keeps_float32_adapters(tiny, tmp_path, one_process):
-    """The update must not be lost in bf16: only the frozen weights are. KL is exactly 0 at the start here too."""
-    cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", dtype="bfloat16", steps=2))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_computes_with_float32_masters(tiny, tmp_path, layout, one_process):
+    """The update must not be lost in bf16: only frozen weights, and what is computed, are. KL is exactly 0 at the start here
+    too, with full fine-tuning as well."""
+    more = dict(LAYOUTS[layout], dtype="bfloat16", steps=2)
+    if "reward" in more:
+        more["reward"] = tiny / more["reward"]
+    cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", **more))
     train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), one_process, train.Stopper())
-    assert {t.dtype for t in load_file(tmp_path / "ppo" / "policy" / "adapter_model.safetensors").values()} == {torch.float32}
-    assert metrics(tmp_path / "ppo")[0]["kl_per_token"] == 0
+    written = next((tmp_path / "ppo" / "policy").glob("*.safetensors"))
+    assert {t.dtype for t in load_file(written).values()} == {torch.float32}
+    assert metrics(tmp_path / "ppo")[0]["kl_per_token"] == 0 < metrics(tmp_path / "ppo")[1]["kl_per_token"]
+
+
+def test_dropout_acts_in_the_update_alone(tiny, tmp_path, one_process):
+    """"Dropout only" is a variant of the paper. Sampling and old_logprobs are without it, so step 1 still starts at the
+    reference; the update is not: its first ratio is reported, and stands off 1 once B is no longer 0."""
+    cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", lora_dropout=0.5, regularizer="none", steps=3))
+    train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), one_process, train.Stopper())
+    rows = metrics(tmp_path / "ppo")
+    assert rows[0]["kl_per_token"] == 0 and rows[2]["sampling_gap"] < 1e-4 < rows[2]["first_ratio_max"]
 
 
 # -------------------------------------------------------------------------------------------------------- learning

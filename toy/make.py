@@ -34,8 +34,8 @@ PIECES = [" " + TEMPLATE[0], TEMPLATE[1]] + [f" {a.verb}" for a in ATTRIBUTES.va
 PAIRS, TEST_PAIRS = 9000, 1000
 
 # Share of each kind of pair. "two drafts" differ in any way at all.
-FLAWS = {"fewer": 0.18, "cut off": 0.06, "garbled": 0.13, "repeated": 0.15, "wrong person": 0.13, "off question": 0.10,
-         "rambling": 0.07, "empty": 0.04, "two drafts": 0.14}
+FLAWS = {"fewer": 0.16, "cut off": 0.06, "garbled": 0.13, "repeated": 0.15, "wrong person": 0.16, "off question": 0.18,
+         "rambling": 0.07, "empty": 0.04, "two drafts": 0.13}
 
 
 # ----------------------------------------------------------------------------------------------------- instructions
