@@ -175,7 +175,7 @@ def summarise(records):
     summary = {}
     for name in SYSTEMS:
         answers = [r[name] for r in records]
-        s = {"score": mean([a["score"] for a in answers]), "judge": mean(judged[name]),
+        s = {"score": mean([a["score"] for a in answers]),
              "tokens": mean([a["tokens"] for a in answers]), "eos_rate": mean([a["finished"] for a in answers])}
         if name != "reference":
             s["win_reference"] = win_rate_with_error(judged[name], judged["reference"])
@@ -183,7 +183,9 @@ def summarise(records):
             s["win_before"] = win_rate_with_error(judged["after"], judged["before"])
             s["kl_per_token"] = sum(a["kl"] for a in answers) / sum(a["tokens"] for a in answers)
             s["kl_per_sequence"] = mean([a["kl"] for a in answers])
-        summary[name] = s | (facts(records, name) if is_toy(records) else {})
+        if is_toy(records):
+            s |= {"annotator": mean(judged[name])} | facts(records, name)
+        summary[name] = s
     return summary
 
 
@@ -202,7 +204,7 @@ def facts(records, name):
     return found
 
 
-ROWS = (("reward model's score", "score", "{:+.2f}"), ("annotator's score", "judge", "{:+.2f}"),
+ROWS = (("reward model's score", "score", "{:+.2f}"), ("annotators' score", "annotator", "{:+.2f}"),
         ("win rate against the reference", "win_reference", "{:.1%}"), ("win rate against SFT", "win_before", "{:.1%}"),
         ("KL from SFT, nats per token", "kl_per_token", "{:.3f}"), ("KL from SFT, nats per answer", "kl_per_sequence", "{:.1f}"),
         ("length, tokens", "tokens", "{:.1f}"), ("answers that end (EOS)", "eos_rate", "{:.1%}"),

@@ -114,7 +114,8 @@ def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo"
             setattr(modules[parent], child, layer)
         layer.add(name, r, alpha, dropout)
     for path, p in model.named_parameters():
-        p.requires_grad_(".lora_" in path)
+        if ".lora_" not in path:
+            p.requires_grad_(False)
     for m in modules.values():
         if hasattr(m, "checkpoint_context"):
             m.checkpoint_context = recompute_context

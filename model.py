@@ -314,10 +314,7 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
     if top_p < 1:
         probs = nucleus(probs, top_p)
     cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:]
-    # u * total may round up to total, which nothing exceeds: stay one float below it.
-    threshold = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
 def pad_right(rows, fill=0):

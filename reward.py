@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data import length_mask, pack, response_states, response_tokens
-from lora import (adapter, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora, save_lora,
-                  targets_of)
+from lora import adapter, add_lora, copy_lora, load_lora, lora_layers, merge_lora, save_lora, targets_of
 from model import (ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config, hf_config_json, hf_name, hf_tensors,
                    load_llama, our_name, read_json, response_logprobs, save_llama, save_weights)
 from ppo import Rollout, join_rollouts
@@ -198,8 +197,6 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
         copy_lora(critic, "reward", "value")
     else:
         add_lora(critic, "value", rank, alpha, dropout)
-    for p in lora_parameters(critic, "reward"):
-        p.requires_grad_(False)
     return ActorCritic(policy, "policy", critic, "value", banned_mask), reward_model
 
 

@@ -690,9 +690,10 @@ def rollout_statistics(rollout, penalty):
 def check_first_step(rollout, row, gap, dtype, dropout=0.0):
     """Before anything has moved, policy and reference are one model. RuntimeError says which assumption is broken.
 
-    With dropout in the update the first ratio is not 1, and is only reported.
+    With dropout in the update the first ratio is not 1, and is only reported. Micro-batches of other shapes round
+    differently: float32 logits of 20 to 30, as trained models have, are good to about 1e-5; a broken assumption is far off.
     """
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing", rollout.kl.abs().max().item(), 0.0),
               ("the first ratio is 1: the update's forward is the rollout's", 0 if dropout else row["first_ratio_max"], tolerance),
               ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the full forward",

@@ -94,8 +94,8 @@ def test_llama_ids_are_those_of_transformers():
         29937, 13291, 29901, 2]
 
 
-RESPONSES = ["Paris", "Paris is the capital of France.", " Paris", "  two spaces", "\nred\ngreen\n", ":) yes", ") yes", "1. Red", "(a)",
-             "café 🙂 日本", "red", "trailing ", "\ttab", "#", ": Red", "", " "]
+RESPONSES = ["Paris", "Paris is the capital of France.", " Paris", "  two spaces", "\nred\ngreen\n", ":) yes", ") yes", "1. Red",
+             "(a)", "café 🙂 日本", "red", "trailing ", "\ttab", "#", ": Red", "", " "]
 
 
 @pytest.mark.parametrize("prompt", [format_prompt("Name a city."), format_prompt("Translate.", "Good morning 🙂")])
@@ -200,7 +200,8 @@ def test_a_preference_names_the_better_output(small, tmp_path):
     pairs, cut = load_preferences(write(tmp_path / "preference.json", rows), tokenizer, 512)
     texts = [(tokenizer.decode_response(p.chosen), tokenizer.decode_response(p.rejected)) for p in pairs]
     assert texts == [("Paris", "red"), ("red", "Paris"), ("blue", "green")] and cut == 0
-    assert all(p.chosen[-1] == p.rejected[-1] == 2 and tokenizer.decode(p.prompt) == format_prompt("Name a city.") for p in pairs)
+    assert all(tokenizer.decode(p.prompt) == format_prompt("Name a city.") for p in pairs)
+    assert all(p.chosen[-1] == p.rejected[-1] == 2 for p in pairs)
 
 
 @pytest.mark.parametrize("preference", [0, 3, None, True, "1", 1.5])
@@ -231,7 +232,8 @@ def test_prompts_over_the_limit_are_dropped_and_counted(small, tmp_path):
 @pytest.mark.parametrize("text, says", [
     ("[{]", r"line 1"), ("[]", "empty"), ('{"instruction": "x"}', "list"), ('["x"]', "row 0"),
     ('[{"instruction": "x", "output": "y"}, {"output": "y"}]', "row 1.*instruction"),
-    ('[{"instruction": "x", "output": 5}]', "row 0.*output.*5"), ('[{"instruction": " ", "output": "y"}]', "row 0.*instruction"),
+    ('[{"instruction": "x", "output": 5}]', "row 0.*output.*5"),
+    ('[{"instruction": " ", "output": "y"}]', "row 0.*instruction"),
     ('[{"instruction": "x", "input": null, "output": "y"}]', "row 0.*input"),
 ], ids=["broken", "empty", "object", "strings", "no-instruction", "number", "blank", "null"])
 def test_a_broken_data_file_is_refused_with_file_and_row(text, says, small, tmp_path):

@@ -296,7 +296,7 @@ def test_after_a_checkpointed_backward_no_adapter_stays_active(tmp_path):
 
 
 def test_gradient_accumulation_with_checkpointing_sums(tmp_path):
-    """Several forwards in flight and two backwards: the gradients of two micro-batches add up to those of the whole, 1e-6."""
+    """Several forwards in flight, then their backwards: two micro-batches' gradients add up to those of the whole, 1e-6."""
     model = trunk(tmp_path)
     add_lora(model, "policy", r=4, alpha=16)
     randomise(model, "policy")
@@ -425,12 +425,11 @@ def test_a_saved_adapter_is_the_file_that_peft_writes(case, tmp_path):
     model = trunk(tmp_path, case)
     load_lora(model, "policy", GOLDEN / case / "adapter")
     save_lora(model, "policy", tmp_path / "adapter")
-    ours, pefts = (load_file(folder / case_file) for folder, case_file in
-                   ((tmp_path / "adapter", "adapter_model.safetensors"), (GOLDEN / case / "adapter", "adapter_model.safetensors")))
+    folders = tmp_path / "adapter", GOLDEN / case / "adapter"
+    ours, pefts = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert ours.keys() == pefts.keys()
     assert all(torch.equal(ours[key], pefts[key]) for key in pefts)
-    ours, pefts = (json.loads((folder / "adapter_config.json").read_text()) for folder in
-                   (tmp_path / "adapter", GOLDEN / case / "adapter"))
+    ours, pefts = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
     for key in ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out"):
         assert ours[key] == pefts[key], key
     assert sorted(ours["target_modules"]) == sorted(pefts["target_modules"])
@@ -515,10 +514,14 @@ def test_an_adapter_that_would_compute_something_else_is_refused_by_name(config,
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
-    """Also one that has the settings but not the weights."""
+    """An empty folder, settings without weights, and weights cut short by a full disk: one line that names the file."""
     model = trunk(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"expected adapter_config\.json and adapter_model\.safetensors"):
         load_lora(model, "policy", tmp_path)
-    (tmp_path / "adapter_config.json").write_text((GOLDEN / "mha" / "adapter" / "adapter_config.json").read_text())
+    file = altered_adapter(tmp_path) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        load_lora(model, "policy", tmp_path)
+    file.unlink()
     with pytest.raises((ValueError, FileNotFoundError), match=r"adapter_model\.safetensors"):
         load_lora(model, "policy", tmp_path)

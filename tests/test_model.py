@@ -398,7 +398,7 @@ def test_chunked_logprobs_keep_no_logits_for_the_backward_pass():
 # ------------------------------------------------------------------------------------------------------------ sampler
 
 def model_that_says(probs):
-    """A Llama whose next-token distribution is `probs`, whatever it reads: the layers add nothing, one state feature is 1."""
+    """A Llama whose next-token distribution is `probs`, whatever it reads: its layers add nothing, its state is (1, 1)."""
     V = len(probs)
     model = Llama(LlamaConfig(vocab_size=V, dim=2, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=2, norm_eps=1e-12,
                               rope_theta=10000.0, max_seq_len=512, tie_embeddings=False))
