@@ -83,8 +83,8 @@ def exact(name, logits, ref_logits):
         return kl_terms(logp, logq)
     if name == "reverse_kl":
         return kl_terms(logq, logp)
-    logm = torch.logaddexp(logp, logq) - LOG2
-    return (kl_terms(logp, logm) + kl_terms(logq, logm)) / 2
+    d = logp - logq                               # log p - log m = -log((1 + e^-d) / 2), exactly 0 where p = q
+    return -(logp.exp() * log_half_sum(-d) + logq.exp() * log_half_sum(d)).sum(-1) / 2
 
 
 def kl_terms(logp, logq):

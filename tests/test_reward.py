@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lora import adapter
 from model import Llama, LlamaConfig, load_llama
 from reward import RewardModel, bradley_terry_loss, load_reward_model
 
@@ -124,6 +125,25 @@ def test_a_score_depends_on_every_token_up_to_the_last(reward_model, rows):
     for t in range(len(row)):
         changed = row[:t] + [row[t] + 1] + row[t + 1:]
         assert (scores_of(reward_model, [changed]) - score).abs() > 1e-4, t
+
+
+def test_a_reward_adapter_scores_with_its_own_adapter_on(tiny, rows):
+    """One trunk, several adapters: the reward model switches its own on whatever is active outside, and reads the state of
+    the last token through its head. With the adapter off the scores would be another model's."""
+    trunk = load_llama(tiny / "sft")
+    model = load_reward_model(tiny / "reward_adapter", trunk=trunk)
+    state = lambda name: hidden_at_the_end(trunk, name, rows[3])
+    score = scores_of(model, [rows[3]]).item()
+    assert score == pytest.approx((state("reward") @ model.head.weight[0] + model.head.bias).item(), abs=1e-5)
+    assert abs(score - (state(None) @ model.head.weight[0] + model.head.bias).item()) > 1e-2
+    with adapter(trunk, None):
+        assert scores_of(model, [rows[3]]).item() == score
+
+
+def hidden_at_the_end(trunk, name, row):
+    """The trunk's state (D,) of the row's last token, with the adapter `name` on."""
+    with torch.no_grad(), adapter(trunk, name):
+        return trunk.hidden(torch.tensor([row]))[0, -1]
 
 
 def test_score_eos_says_whether_the_eos_is_read(tiny, rows):
