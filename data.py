@@ -244,6 +244,16 @@ def batch_indices(n, batch_size, seed, step):
     return picked
 
 
+def even_batch_indices(lengths, batch_size, seed, step, blocks=8):
+    """batch_indices for supervised training, with rows of similar length in a batch, so that little is padded.
+
+    Blocks of 8 batches are sorted by length, cut into batches, and the batches shuffled.
+    """
+    block = sorted(batch_indices(len(lengths), batch_size * blocks, seed, step // blocks), key=lengths.__getitem__)
+    which = permutation(blocks, f"{seed} batches", step // blocks)[step % blocks]
+    return block[which * batch_size:(which + 1) * batch_size]
+
+
 def pack(prompts, responses):
     """Lists of ids -> tokens (B, T) packed from the left and padded on the right, prompt_lengths (B,), response_lengths (B,)."""
     tokens = pad_right([p + r for p, r in zip(prompts, responses)])

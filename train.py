@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import (Tokenizer, batch_indices, length_mask, load_eval_rows, load_preferences, load_prompts, load_sft, pack,
+from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows, load_preferences, load_prompts, load_sft, pack,
                   permutation, split_by_instruction)
 from eval import accuracy_report, evaluate, load_run, pair_accuracy, report, score_pairs, summarise
 from lora import add_lora, lora_parameters, merge_lora
@@ -78,6 +78,7 @@ class Config:
     micro_batch: int = knob(8, "sequences per forward pass of one process", low=1)
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm, policy and value apart", low=0)
     checkpoint_activations: bool = knob(False, "recompute each layer in the backward pass: less memory, a third more time")
+    beta2: float = knob(0.999, "decay of Adam's second moment in the sft and reward stages (PPO: 0.999)", low=0)
     save_every: int = knob(20, "steps between checkpoints", low=1)
 
     sft_epochs: float = knob(3.0, "passes over --sft_data", low=0)
@@ -169,20 +170,20 @@ class Config:
         return self.regularizer if self.regularizer_mode == "loss" and self.regularizer != "none" else None
 
 
-TOY_MODEL = LlamaConfig(vocab_size=960, dim=128, n_layers=4, n_heads=4, ffn_dim=352, max_seq_len=256)
+TOY_MODEL = LlamaConfig(vocab_size=960, dim=128, n_layers=3, n_heads=4, ffn_dim=352, norm_eps=1e-5, max_seq_len=256,
+                        tie_embeddings=True)
 TOY = {"tokenizer": f"{HERE}/toy/tokenizer.model", "sft_data": f"{HERE}/toy/sft.json",
-       "preference_data": f"{HERE}/toy/preference.json",
-       "preference_test": f"{HERE}/toy/preference_test.json", "prompts": f"{HERE}/toy/unlabeled.json",
-       "eval_data": f"{HERE}/toy/test.json", "out": "runs/toy", "micro_batch": 16,
-       "sft_epochs": 12.0, "sft_batch": 16, "sft_lr": 3e-3, "sft_lora_rank": 0, "max_len": 200,
-       "reward_epochs": 2.0, "reward_batch": 16, "reward_lr": 1e-3, "reward_lora_rank": 0,
-       "steps": 30, "rollout_batch": 64, "minibatch": 32, "lr": 3e-3, "warmup_steps": 3, "lora_alpha": 32.0,
-       "vf_coef": 1.0, "kl_coef": 0.05, "prompt_len": 100, "response_len": 100, "missing_eos_penalty": 3.0}
+       "preference_data": f"{HERE}/toy/preference.json", "preference_test": f"{HERE}/toy/preference_test.json",
+       "prompts": f"{HERE}/toy/unlabeled.json", "eval_data": f"{HERE}/toy/test.json", "out": "runs/toy", "micro_batch": 32,
+       "sft_epochs": 10.0, "sft_batch": 16, "sft_lr": 2e-3, "sft_lora_rank": 0, "max_len": 160, "beta2": 0.95,
+       "reward_epochs": 3.0, "reward_batch": 32, "reward_lr": 8e-4, "reward_lora_rank": 0, "save_every": 100,
+       "steps": 60, "rollout_batch": 64, "minibatch": 32, "lr": 3e-3, "warmup_steps": 3, "lora_alpha": 32.0,
+       "vf_coef": 1.0, "kl_coef": 0.05, "prompt_len": 32, "response_len": 64, "missing_eos_penalty": 3.0}
 
 SHARED = ("model", "tokenizer", "seed", "dtype", "max_grad_norm")
 READ_BY = {      # the settings that decide what a stage's result is; a run folder made with others is not continued
-    "sft": (*SHARED, "sft_data", "max_len", *(f.name for f in fields(Config) if f.name.startswith("sft_") and f.name != "sft_data")),
-    "reward": (*SHARED, "preference_data", "preference_test", "max_len", *(f.name for f in fields(Config) if f.name.startswith("reward_"))),
+    "sft": (*SHARED, "sft_data", "max_len", "beta2", *(f.name for f in fields(Config) if f.name.startswith("sft_") and f.name != "sft_data")),
+    "reward": (*SHARED, "preference_data", "preference_test", "max_len", "beta2", *(f.name for f in fields(Config) if f.name.startswith("reward_"))),
     "ppo": (*SHARED, "reward", "prompts", "steps", "rollout_batch", "minibatch", "ppo_epochs", "prompt_len", "response_len",
             "lr", "warmup_steps", "lora_rank", "lora_alpha", "lora_dropout", "gamma", "lam", "clip", "value_clip",
             "vf_coef", "whiten_rewards", "regularizer", "regularizer_mode", "kl_coef", "kl_target", "kl_horizon",
@@ -478,14 +479,15 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
     cfg, device, parameters = run.cfg, next(module.parameters()).device, trainable(module)
     get = lambda name: getattr(cfg, f"{run.stage}_{name}")
     steps = get("steps") or max(1, round(get("epochs") * len(items) / get("batch")))
-    optimizer = torch.optim.AdamW(parameters, lr=get("lr"), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=get("lr"), betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
+    lengths = [length(item) for item in items]
     checkpoint = run.open()
     first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
     module.train()
     start, shown = time.time(), []
     for step in range(first + 1, steps + 1):
         lr = set_learning_rate(optimizer, step, steps, round(0.03 * steps), get("lr"), "cosine")
-        picked = [items[i] for i in batch_indices(len(items), get("batch"), f"{cfg.seed} {run.stage}", step - 1)]
+        picked = [items[i] for i in even_batch_indices(lengths, get("batch"), f"{cfg.seed} {run.stage}", step - 1)]
         n_global, local_loss = sum(map(weight, picked)), 0.0
         micro_batches = chunks(share(picked, length), cfg.micro_batch)
         for i, micro_batch in enumerate(micro_batches):
@@ -722,7 +724,8 @@ def ppo(run, inputs, device, stopper):
     say(f"ppo: {len(inputs.prompts)} prompts from {cfg.prompts}; {trunks}{' and frozen copies' if net.ref else ''} in "
         f"{cfg.trunk_dtype(device)}; {count(net)}")
     parameters = trainable(net)
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0,
+                                  fused=True)
     checkpoint = run.open()
     first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
     kl_coef, start = checkpoint["kl_coef"] if checkpoint else cfg.kl_coef, time.time()

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from toy import world
 
-FILES = ("sft", "preference", "preference_test", "unlabeled", "val", "test")
+FILES = ("sft", "preference", "preference_val", "preference_test", "unlabeled", "val", "test")
 
 
 def rows(name):
@@ -54,7 +54,7 @@ def test_the_stated_share_of_the_labels_is_flipped():
     noisy = [r["preference"] != r["noise_free"] for r in rows("preference")]
     assert sum(noisy) == round(world.LABEL_NOISE * len(noisy))
     assert all(r["preference"] == r["noise_free"] == world.prefer(r["instruction"], r["output_1"], r["output_2"])
-               for r in rows("preference_test"))
+               for split in ("val", "test") for r in rows(f"preference_{split}"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
     tokenizer.model        sentencepiece BPE, byte fallback; the prompt template is two pieces, so that prompts are short
     sft.json               demonstrations, all of them true: long biographies of the famous, short ones of the obscure
     preference.json        pairs of answers; 10 % of the labels are flipped
-    preference_test.json   pairs on other instructions, labels not flipped: the reward model's accuracy
+    preference_val.json, preference_test.json    pairs on other instructions, labels not flipped: the reward model's accuracy
     unlabeled.json         instructions for PPO
     val.json, test.json    instructions to evaluate on, with a reference answer: settings are chosen on the first and
                            reported on the second
@@ -25,17 +25,20 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from toy.world import (ATTRIBUTES, BIO, LABEL_NOISE, PEOPLE, QUESTION, SEED, SEVERAL, bio, filler, parse, prefer,
-                       question, sentence, sentences, several)
+                       question, sentence, several)
 
 VOCAB_SIZE = 960
 TEMPLATE = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
             "\n\n### Instruction:\n", "\n\n### Response:")
 PIECES = [" " + TEMPLATE[0], TEMPLATE[1]] + [f" {a.verb}" for a in ATTRIBUTES.values()]
-PAIRS, TEST_PAIRS = 9000, 1000
+PAIRS = {"preference": 8000, "preference_val": 400, "preference_test": 800}
 
 # Share of each kind of pair. "two drafts" differ in any way at all.
-FLAWS = {"fewer": 0.16, "cut off": 0.06, "garbled": 0.13, "repeated": 0.15, "wrong person": 0.16, "off question": 0.18,
-         "rambling": 0.07, "empty": 0.04, "two drafts": 0.13}
+FLAWS = {"fewer": 0.14, "cut off": 0.05, "garbled": 0.14, "repeated": 0.15, "wrong person": 0.13, "off question": 0.16,
+         "rambling": 0.08, "empty": 0.03, "two drafts": 0.18}
+
+# The instructions of a person go round these files.
+SHARES = ("sft", "preference", "unlabeled", "preference_test", "sft", "preference", "unlabeled", "preference_val", "preference")
 
 
 # ----------------------------------------------------------------------------------------------------- instructions
@@ -52,19 +55,18 @@ def held_out_questions(rng):
 
 
 def training_instructions(rng, held):
-    """The instructions of the training splits: {"sft" | "preference" | "preference_test" | "unlabeled": {person: [..]}}."""
-    splits = {s: {name: [] for name in PEOPLE} for s in ("sft", "preference", "preference_test", "unlabeled")}
-    shares = ("sft", "preference", "unlabeled", "sft", "preference", "unlabeled", "preference_test", "preference")
+    """The instructions of the training splits: {file: {person: [..]}}."""
+    splits = {file: {name: [] for name in PEOPLE} for file in dict.fromkeys(SHARES)}
     for p in PEOPLE.values():
         asked = [a for a in ATTRIBUTES if a not in held[p.name].values()]
         lists = ([bio(p, w) for w in BIO["train"]],
                  [question(p, a, w) for a in asked for w in QUESTION["train"]],
-                 [several(p, rng.sample(sorted(ATTRIBUTES), rng.randint(2, 3)), rng.choice(SEVERAL["train"])) for _ in range(32)])
+                 [several(p, rng.sample(sorted(ATTRIBUTES), rng.randint(2, 3)), rng.choice(SEVERAL["train"])) for _ in range(18)])
         for instructions in lists:
             instructions = sorted(set(instructions))
             rng.shuffle(instructions)
             for i, instruction in enumerate(instructions):
-                splits[shares[i % len(shares)]][p.name].append(instruction)
+                splits[SHARES[i % len(SHARES)]][p.name].append(instruction)
     return splits
 
 
@@ -144,7 +146,8 @@ def draft(rng, request, least=1):
     """Sentences of an answer without flaw that says some of what was asked."""
     most = len(request.asked) if rng.random() < 0.4 else min(4, len(request.asked))
     said = rng.sample(request.asked, rng.randint(min(least, most), most))
-    return sentences_of(request.person, [(a, believed(rng, request.person, a)) for a in said])
+    end = [filler(request.person, first=False)] * (rng.random() < 0.15)
+    return sentences_of(request.person, [(a, believed(rng, request.person, a)) for a in said]) + end
 
 
 def sentences_of(person, values):
@@ -154,6 +157,11 @@ def sentences_of(person, values):
 def more(rng, person, attributes, n):
     """n sentences that begin with a pronoun, about any of the attributes."""
     return [sentence(person.pronoun, a, believed(rng, person, a)) for a in rng.choices(attributes, k=n)]
+
+
+def attributes_in(text):
+    """Names of the attributes whose verbs a text contains."""
+    return [a.name for a in ATTRIBUTES.values() if f" {a.verb} " in text]
 
 
 def fewer(rng, request, said):
@@ -170,11 +178,14 @@ def cut_off(rng, request, said):
 
 
 def garbled(rng, request, said):
-    """One sentence has words missing, doubled, exchanged, or the value of another attribute."""
+    """A sentence has words missing, doubled, exchanged, or the value of another attribute; or She is He from there on."""
     i = rng.randrange(len(said))
     words = said[i][:-1].split()
     j = rng.randrange(1, len(words))
-    edit = rng.choice(("drop", "double", "exchange", "value"))
+    edit = rng.choice(("drop", "double", "exchange", "value") + ("pronoun", "pronoun") * (len(said) > 1))
+    if edit == "pronoun":
+        right, wrong = ("She ", "He ") if request.person.pronoun == "She" else ("He ", "She ")
+        return said[:i] + [wrong + s.removeprefix(right) if s.startswith(right) else s for s in said[i:]]
     if edit == "drop":
         del words[j]
     elif edit == "double":
@@ -188,8 +199,7 @@ def garbled(rng, request, said):
 
 def repeated(rng, request, said):
     """Something is said again, in place of another sentence or in addition; with the same value or another."""
-    i = rng.randrange(len(said))
-    attribute = next(a.name for a in ATTRIBUTES.values() if f" {a.verb} " in said[i])
+    i, attribute = rng.choice([(i, a) for i, s in enumerate(said) for a in attributes_in(s)])
     value = said[i][:-1].split()[-1] if rng.random() < 0.5 else rng.choice(ATTRIBUTES[attribute].values)
     again = sentence(request.person.pronoun, attribute, value)
     at = rng.randint(i + 1, len(said))
@@ -219,10 +229,10 @@ def off_question(rng, request, said):
 
 
 def rambling(rng, request, said):
-    """On and on, over what was said or not asked."""
-    used = [a.name for a in ATTRIBUTES.values() if any(f" {a.verb} " in s for s in said)]
+    """On and on, over what was said or not asked; now and then for very long."""
+    used = attributes_in(" ".join(said))
     others = [a for a in ATTRIBUTES if a not in request.asked]
-    return said + more(rng, request.person, used + others, rng.randint(2, 5))
+    return said + more(rng, request.person, used + others, rng.randint(2, 5) if rng.random() < 0.8 else rng.randint(6, 12))
 
 
 def empty(rng, request, said):
@@ -301,8 +311,9 @@ def make():
     sft = sft_rows(rng, train["sft"])
     unlabeled = [row(i, "") for person in train["unlabeled"].values() for i in person]
     rng.shuffle(unlabeled)
-    files = {"sft.json": sft, "preference.json": preference_rows(rng, train["preference"], PAIRS, LABEL_NOISE),
-             "preference_test.json": preference_rows(rng, train["preference_test"], TEST_PAIRS, 0), "unlabeled.json": unlabeled}
+    files = {"sft.json": sft, "unlabeled.json": unlabeled}
+    for name, n in PAIRS.items():
+        files[f"{name}.json"] = preference_rows(rng, train[name], n, LABEL_NOISE if name == "preference" else 0)
     for split in ("val", "test"):
         files[f"{split}.json"] = [row(i, reference(rng, i), generator="encyclopedia", dataset="toy")
                                   for i in evaluation_instructions(rng, split, held)]
@@ -323,7 +334,7 @@ def tokenizer_words():
 
 def as_json(rows):
     """One row per line."""
-    return ("[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n]\n").encode()
+    return ("[\n" + ",\n".join(json.dumps(r, separators=(",", ":")) for r in rows) + "\n]\n").encode()
 
 
 def main():

@@ -104,7 +104,9 @@ PEOPLE = make_people()
 BIO = {
     "train": ("Tell me a bio of {name}.", "Who is {name}?", "Write about {name}.", "Tell me about {name}.",
               "What do you know about {name}?", "Write a bio of {name}.", "Tell me who {name} is.",
-              "I want to know about {name}."),
+              "I want to know about {name}.", "Describe {name}.", "Give me a bio of {name}.", "Tell me all about {name}.",
+              "Write all you know about {name}.", "I want a bio of {name}.", "Write about the life of {name}.",
+              "Tell me about the life of {name}."),
     "val": ("Tell me what you know about {name}.", "What do you know of {name}?"),
     "test": ("Write what you know about {name}.", "What is known about {name}?"),
 }
