@@ -176,7 +176,7 @@ TOY = {"tokenizer": f"{HERE}/toy/tokenizer.model", "sft_data": f"{HERE}/toy/sft.
        "preference_data": f"{HERE}/toy/preference.json", "preference_test": f"{HERE}/toy/preference_test.json",
        "prompts": f"{HERE}/toy/unlabeled.json", "eval_data": f"{HERE}/toy/test.json", "out": "runs/toy", "micro_batch": 32,
        "sft_epochs": 10.0, "sft_batch": 16, "sft_lr": 2e-3, "sft_lora_rank": 0, "max_len": 160, "beta2": 0.95,
-       "reward_epochs": 3.0, "reward_batch": 32, "reward_lr": 8e-4, "reward_lora_rank": 0, "save_every": 100,
+       "reward_epochs": 3.0, "reward_batch": 32, "reward_lr": 8e-4, "reward_lora_rank": 0,
        "steps": 60, "rollout_batch": 64, "minibatch": 32, "lr": 3e-3, "warmup_steps": 3, "lora_alpha": 32.0,
        "vf_coef": 1.0, "kl_coef": 0.05, "prompt_len": 32, "response_len": 64, "missing_eos_penalty": 3.0}
 
@@ -284,6 +284,7 @@ class Run:
         if is_main():
             write_json(self.folder / "finished.json", summary)
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        say(f"{self.stage}: {summary['steps']} steps in {clock(summary['seconds'])}, written to {self.folder}\n")
         dist.barrier()
 
     def remove(self):
@@ -481,13 +482,14 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
     steps = get("steps") or max(1, round(get("epochs") * len(items) / get("batch")))
     optimizer = torch.optim.AdamW(parameters, lr=get("lr"), betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
     lengths = [length(item) for item in items]
+    batches = even_batch_indices if run.stage == "reward" else lambda lengths, *args: batch_indices(len(lengths), *args)
     checkpoint = run.open()
     first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
     module.train()
     start, shown = time.time(), []
     for step in range(first + 1, steps + 1):
         lr = set_learning_rate(optimizer, step, steps, round(0.03 * steps), get("lr"), "cosine")
-        picked = [items[i] for i in even_batch_indices(lengths, get("batch"), f"{cfg.seed} {run.stage}", step - 1)]
+        picked = [items[i] for i in batches(lengths, get("batch"), f"{cfg.seed} {run.stage}", step - 1)]
         n_global, local_loss = sum(map(weight, picked)), 0.0
         micro_batches = chunks(share(picked, length), cfg.micro_batch)
         for i, micro_batch in enumerate(micro_batches):
@@ -732,14 +734,14 @@ def ppo(run, inputs, device, stopper):
     ddp = wrap(net, device).eval()
     for step in range(first + 1, cfg.steps + 1):
         t0 = time.time()
-        rollout, gap = collect(cfg, step, net, reward_model, inputs)
+        rollout, gap = collect(cfg, step, net, reward_model, inputs)                               # 1. sample and score
         for name in ("logprobs", "ref_logprobs", "values", "scores", "kl"):
             require_finite(getattr(rollout, name), f"{name} of the rollout", step)
-        rollout, penalty = with_advantages(cfg, rollout, kl_coef)
+        rollout, penalty = with_advantages(cfg, rollout, kl_coef)                                  # 2. rewards, GAE
         require_finite(rollout.advantages, "advantages", step)
         t1 = time.time()
         lr = set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
-        stats = update(cfg, step, ddp, optimizer, rollout, kl_coef)
+        stats = update(cfg, step, ddp, optimizer, rollout, kl_coef)                                # 3. clipped losses
         row = {"step": step} | rollout_statistics(rollout, penalty) | stats | {
             "lr": lr, "kl_coef": kl_coef, "sampling_gap": gap, "generate_seconds": t1 - t0, "update_seconds": time.time() - t1}
         if step == 1:
@@ -883,22 +885,26 @@ def main(argv=None):
         runs = {s: Run(cfg, s) for s in (STAGES if cfg.stage == "all" else (cfg.stage,))}
         redo = to_redo(cfg, runs)
         todo = [s for s, run in runs.items() if s in redo or not run.check()]
-        evaluating = cfg.eval_data and "ppo" in runs and ("ppo" in todo or "eval" in redo or not (runs["ppo"].folder / "eval.json").is_file())
+        evaluated = "ppo" in runs and "eval" not in redo and "ppo" not in todo and (runs["ppo"].folder / "eval.json").is_file()
+        evaluating = cfg.eval_data and "ppo" in runs and not evaluated
         inputs = load_inputs(cfg, todo + ["eval"] * bool(evaluating)) if todo or evaluating else None
         check_processes(cfg, todo)
         device = start_processes()
-    stopper = Stopper()
-    if is_main():
-        for s in redo:
+        for s in redo if is_main() else ():
             runs[s].remove() if s in runs else (runs["ppo"].folder / "eval.json").unlink(missing_ok=True)
     dist.barrier()
-    for stage, run in runs.items():
-        if stage in todo:
-            {"sft": sft, "reward": reward, "ppo": ppo}[stage](run, inputs, device, stopper)
-        else:
-            say(f"{stage}: finished, in {run.folder} (to run it again: --redo {stage})")
-    if evaluating:
-        final_evaluation(runs["ppo"], inputs, device)
+    stopper = Stopper()
+    try:
+        for stage, run in runs.items():
+            if stage in todo:
+                {"sft": sft, "reward": reward, "ppo": ppo}[stage](run, inputs, device, stopper)
+            else:
+                say(f"{stage}: finished, in {run.folder} (to run it again: --redo {stage})")
+        if evaluating:
+            final_evaluation(runs["ppo"], inputs, device)
+    except FloatingPointError as e:
+        say(f"train.py: stopped: {e}")
+        sys.exit(1)
     if is_main() and "ppo" in runs and (runs["ppo"].folder / "eval.json").is_file():
         print(report(runs["ppo"].folder))
     say(f"done in {clock(time.time() - started)}: {cfg.out}")

@@ -31,11 +31,11 @@ VOCAB_SIZE = 960
 TEMPLATE = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
             "\n\n### Instruction:\n", "\n\n### Response:")
 PIECES = [" " + TEMPLATE[0], TEMPLATE[1]] + [f" {a.verb}" for a in ATTRIBUTES.values()]
-PAIRS = {"preference": 8000, "preference_val": 400, "preference_test": 800}
+PAIRS = {"preference": 12000, "preference_val": 400, "preference_test": 800}
 
 # Share of each kind of pair. "two drafts" differ in any way at all.
-FLAWS = {"fewer": 0.14, "cut off": 0.05, "garbled": 0.14, "repeated": 0.15, "wrong person": 0.13, "off question": 0.16,
-         "rambling": 0.08, "empty": 0.03, "two drafts": 0.18}
+FLAWS = {"fewer": 0.22, "cut off": 0.05, "garbled": 0.12, "repeated": 0.14, "wrong person": 0.12, "off question": 0.12,
+         "rambling": 0.08, "empty": 0.03, "two drafts": 0.12}
 
 # The instructions of a person go round these files.
 SHARES = ("sft", "preference", "unlabeled", "preference_test", "sft", "preference", "unlabeled", "preference_val", "preference")
