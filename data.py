@@ -25,7 +25,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from model import pad_right, read_json
+from model import pad_right, read_json, read_text
 
 PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
                 "Write a response that appropriately completes the request.\n\n"
@@ -97,7 +97,7 @@ def read_rows(path):
         raise FileNotFoundError(f"no data file at {path}")
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as e:
@@ -218,7 +218,7 @@ def split_by_instruction(pairs, share, seed):
     held = set(prompts[:max(1, round(share * len(prompts)))])
     train, test = [p for p in pairs if tuple(p.prompt) not in held], [p for p in pairs if tuple(p.prompt) in held]
     if not train:
-        raise ValueError(f"all {len(pairs)} pairs have the same instruction: nothing would be left to train on")
+        raise ValueError(f"{len(prompts)} instructions are too few to hold out a share of {share} of them")
     return train, test
 
 

@@ -109,9 +109,11 @@ def load_run(folder, device="cpu", dtype=torch.float32):
     folder = Path(folder)
     if not (folder / "policy").is_dir():
         raise FileNotFoundError(f"{folder} holds no finished PPO run: expected a folder policy in it")
-    run = read_json(folder / "config.json")["run"]
+    run = read_json(folder / "config.json").get("run") or {}
+    if run.get("stage") != "ppo":
+        raise ValueError(f"{folder}/config.json does not describe a PPO run")
     tokenizer = Tokenizer(folder / "policy" / "tokenizer.model")
-    model, reward = (folder / p if (folder / p).is_dir() else p for p in (run["model"], run["reward"]))
+    model, reward = folder / run["model"], folder / run["reward"]
     banned_ids = tokenizer.banned_ids(read_model_config(model).vocab_size)
     net, reward_model = build_models(model, reward, device, dtype, banned_ids, run["lora_rank"], run["lora_alpha"])
     load_policy(net, folder / "policy")
@@ -134,8 +136,8 @@ def evaluate(net, reward_model, tokenizer, rows, row_ids, max_new_tokens, temper
         return []
     prompts = [row["prompt"] for row in rows]
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=f"{seed} evaluation", row_ids=row_ids)
-    room = net.policy.config.max_seq_len - max(map(len, prompts))
-    answers = {"reference": [tokenizer.encode_response(row["output"])[:room] for row in rows],
+    room = net.policy.config.max_seq_len
+    answers = {"reference": [tokenizer.encode_response(row["output"])[:room - len(row["prompt"])] for row in rows],
                "before": answer(net, prompts, tokenizer, trained=False, **settings),
                "after": answer(net, prompts, tokenizer, **settings)}
     scores = {k: score_responses(reward_model, prompts, ids, tokenizer.eos_id, micro_batch).tolist()
@@ -160,6 +162,13 @@ SYSTEMS = ("reference", "before", "after")
 def is_toy(records):
     """Whether the toy world's annotators can judge these records."""
     return all(r.get("dataset") == "toy" for r in records)
+
+
+def check_rows(rows, path):
+    """Rows that say dataset "toy" are judged by the toy world's annotators, who have to understand each instruction."""
+    foreign = [r for r in rows if r.get("dataset") == "toy" and world.parse(r["instruction"]) is None]
+    if foreign:
+        raise ValueError(f"{path}: the toy world's annotators do not know the instruction {foreign[0]['instruction']!r}")
 
 
 def judge(records, name):
@@ -250,8 +259,9 @@ def report(folder):
 # ---------------------------------------------------------------------------------------------------- command line
 
 def command_generate(args):
-    net, _, tokenizer = load_run(args.run)
-    if args.prompt:
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    net, _, tokenizer = load_run(args.run, device, dtype)
+    if args.prompt is not None:
         rows = [{"instruction": args.prompt, "input": ""}]
         source = "--prompt"
     else:

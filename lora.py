@@ -99,7 +99,7 @@ def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo"
         raise ValueError(f"an adapter cannot be called {name!r}: its name becomes part of parameter names, so it must be a "
                          "word of letters, digits and _, and none of ParameterDict's own (keys, values, half, ..)")
     if lora_layers(model, name):
-        raise ValueError(f"there is an adapter called {name} already: remove or merge it first")
+        raise ValueError(f"there is an adapter called {name} already: merge it first, or choose another name")
     modules = dict(model.named_modules())
     found = {t: [p for p, m in modules.items() if p.split(".")[-1] == t and isinstance(m, (nn.Linear, LoRALinear))]
              for t in targets}
@@ -188,13 +188,6 @@ def merge_lora(model, name):
         drop(modules, path, layer, name)
 
 
-def remove_lora(model, name):
-    """Drop an adapter without a trace: the base weights were never changed."""
-    modules = dict(model.named_modules())
-    for path, layer in lora_layers(model, name):
-        drop(modules, path, layer, name)
-
-
 def drop(modules, path, layer, name):
     """Take one adapter off one layer; a layer without adapters becomes the plain linear layer again."""
     layer.remove(name)
@@ -251,6 +244,9 @@ def read_adapter_config(folder):
                 if config.get(k)]
     if unusual:
         raise ValueError(f"{path}: {unusual[0]} = {config.get(unusual[0])} is not implemented here (plain LoRA only)")
+    absent = [k for k in ("r", "lora_alpha") if not isinstance(config.get(k), (int, float))]
+    if absent:
+        raise ValueError(f"{path}: expected a number in {absent[0]}, got {config.get(absent[0])!r}")
     ours = {v: k for k, v in PEFT_NAMES.items()}
     modules = config.get("target_modules")
     if not isinstance(modules, list) or not set(modules) <= set(ours):

@@ -474,18 +474,26 @@ def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):
     return model
 
 
-def read_json(path):
-    """A JSON file's content; a ValueError that names file and line if it is broken."""
+def read_text(path):
+    """A UTF-8 file's text; a ValueError that names the file if it is something else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from None
 
 
+def read_json(path):
+    """A JSON file's content; a ValueError that names file and line if it is broken."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
+
+
 def hf_config(raw, path):
     """Hugging Face's config.json -> LlamaConfig; refuses by name what this code does not implement."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}/config.json holds a {type(raw).__name__}, expected the settings of a LLaMA")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     refused = {"model_type": raw.get("model_type", "llama") != "llama", "rope_scaling": rope_type != "default",
@@ -503,7 +511,9 @@ def hf_config(raw, path):
             max_seq_len=raw.get("max_position_embeddings", 2048), tie_embeddings=raw.get("tie_word_embeddings", False),
             head_dim=raw.get("head_dim"))
     except KeyError as e:
-        raise ValueError(f"{path}/config.json has no {e}: is this a LLaMA?") from None
+        raise ValueError(f"{path}/config.json has no {e}: is this a LLaMA, and was the stage that writes it run to its end?") from None
+    except TypeError as e:
+        raise ValueError(f"{path}/config.json has a setting of a wrong type ({e})") from None
 
 
 def hf_tensors(path):
@@ -535,6 +545,10 @@ def meta_checkpoint(path):
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as e:
         raise ValueError(f"{path}/consolidated.*.pth cannot be read ({str(e).splitlines()[0]})") from None
     raw, first, n = read_json(path / "params.json"), shards[0], len(shards)
+    absent = [k for k in ("dim", "n_layers", "n_heads", "norm_eps") if k not in raw]
+    absent += [k for k in ("output.weight", "layers.0.feed_forward.w1.weight") if k not in first]
+    if absent or raw.get("use_scaled_rope"):
+        raise ValueError(f"{path}: {absent[0]} is missing" if absent else f"{path}: use_scaled_rope is not implemented here")
     config = LlamaConfig(
         vocab_size=first["output.weight"].shape[0] * n, dim=raw["dim"], n_layers=raw["n_layers"], n_heads=raw["n_heads"],
         n_kv_heads=raw.get("n_kv_heads"), ffn_dim=first["layers.0.feed_forward.w1.weight"].shape[0] * n,
@@ -608,8 +622,13 @@ def save_llama(model, path, **extra):
     if unknown:
         raise ValueError(f"{unknown[0]} is not a LLaMA weight: merge the adapters before saving")
     save_weights({hf_name(name): t for name, t in tensors.items()}, path / "model.safetensors")
-    config = hf_config_json(model.config, model.tok_embeddings.weight.dtype)
-    (path / "config.json").write_text(json.dumps(config | extra, indent=1))
+    write_json(path / "config.json", hf_config_json(model.config, model.tok_embeddings.weight.dtype) | extra)
+
+
+def write_json(path, content):
+    """A JSON file under a temporary name, then renamed: whole or not at all."""
+    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
 def save_weights(tensors, path):

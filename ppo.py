@@ -9,7 +9,7 @@ Legend   B sequences, T tokens of a row (prompt + response), R response tokens
     state s_t = prompt + response[:t]      action = response[t]      values[t] = V(s_t), the state that predicts token t
     rewards[t] = -kl_coef * penalty[t], and the reward model's score on top at the last token
 
-Departures from the paper's code (DESIGN's numbers):
+Departures from the paper's code (numbers as in the README):
 2. Padding enters nothing, and the value after the last token is 0 (it bootstrapped from the state after EOS).
 3. Rewards are not whitened unless asked for, and then scaled only: re-adding the mean to each token pays or charges it
    for existing, which is a length bias.
@@ -165,7 +165,7 @@ def adapt_kl_coef(kl_coef, kl, target, horizon, sequences):
     """Proportional controller of the penalty (Ziegler et al., section 2.2): doubles or halves slowly towards a target KL.
 
     error = clamp(kl / target - 1, -0.2, 0.2);  kl_coef * (1 + error * sequences / horizon). kl and target: true KL per
-    sequence, nats. It multiplies, so the sign of kl_coef stays.
+    sequence, nats. It multiplies, so the sign of kl_coef stays (for horizon >= sequences).
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * sequences / horizon)

@@ -13,7 +13,6 @@ Legend   B batch, T tokens, R response tokens, D width, N response tokens of a b
 Departures from the paper's code: heads are float32; the reward model reads the ids that were sampled, at the last real
 token, never re-tokenised text; whether that token is the EOS is written in the model's config (`score_eos`).
 """
-import json
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from torch import nn
 from data import length_mask, pack, response_states, response_tokens
 from lora import adapter, add_lora, copy_lora, load_lora, lora_layers, merge_lora, save_lora, targets_of
 from model import (ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config, hf_config_json, hf_name, hf_tensors,
-                   load_llama, our_name, read_json, response_logprobs, save_llama, save_weights)
+                   load_llama, our_name, read_json, response_logprobs, save_llama, save_weights, write_json)
 from ppo import Rollout, join_rollouts
 from regularizers import exact
 
@@ -178,6 +177,9 @@ def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
 def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, alpha=64.0, dropout=0.0):
     """The four models of PPO on one or two trunks, ready to train. -> ActorCritic (reference included), RewardModel.
 
+    rank, alpha: of the policy's adapter, and on two trunks of the value's; on one trunk the value adapter is a copy of the
+    reward adapter and has its rank and alpha.
+
     rank 0 trains all weights of policy and critic instead, kept in float32 and computed in `dtype`; so is the frozen
     copy that is the reference, or KL would not be exactly 0 at the start.
     """
@@ -245,7 +247,7 @@ def save_reward_model(model, path, **extra):
         save_lora(model.trunk, model.adapter_name, path)
         save_weights(head, path / "reward_head.safetensors")
         about |= {"trunk_fingerprint": fingerprint(model.trunk)}
-    (path / "config.json").write_text(json.dumps(about, indent=1))
+    write_json(path / "config.json", about)
 
 
 def is_adapter(path):
@@ -263,6 +265,8 @@ def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None, adapt
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no reward model: expected config.json")
     about = read_json(path / "config.json")
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}/config.json holds a {type(about).__name__}, expected the settings of a reward model")
     if is_adapter(path):
         return load_reward_adapter(path, about, trunk, adapter_name)
     config = hf_config(about, path)

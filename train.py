@@ -16,7 +16,8 @@ Departures from the paper's code (numbers as in the README):
 11. Checkpoints hold all that a resumed run needs, the first learning rate is above 0, logged KL is not clamped, logged
    gradient norms are from before the clipping. Policy and value are clipped apart: they share no parameter.
 Every random number is a function of (seed, step, row or epoch), so no generator's state has to be saved, and results
-depend neither on the number of processes nor on where a run was interrupted.
+depend neither on the number of processes nor on where a run was interrupted. (The masks of dropout, if there is any,
+belong to a process and its micro-batches as well.)
 """
 import argparse
 import contextlib
@@ -37,9 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows, load_preferences, load_prompts, load_sft, pack,
                   permutation, split_by_instruction)
-from eval import accuracy_report, evaluate, load_run, pair_accuracy, report, score_pairs, summarise
+from eval import accuracy_report, check_rows, evaluate, load_run, pair_accuracy, report, score_pairs, summarise
 from lora import add_lora, lora_parameters, merge_lora
-from model import Llama, LlamaConfig, generate, keyed_seed, load_llama, read_json, read_model_config, save_llama
+from model import Llama, LlamaConfig, generate, keyed_seed, load_llama, read_json, read_model_config, save_llama, write_json
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards, value_loss,
                  whiten)
 from regularizers import EXACT, SAMPLED, sampled
@@ -75,7 +76,7 @@ class Config:
     dtype: str = knob("auto", "of frozen weights; auto is float32 on a CPU and bfloat16 on a GPU",
                       choices=("auto", "float32", "bfloat16"))
     max_len: int = knob(512, "longest row of the sft and reward stages, tokens; longer ones lose their tail", low=2)
-    micro_batch: int = knob(8, "sequences per forward pass of one process", low=1)
+    micro_batch: int = knob(8, "sequences per forward pass of one process (pairs, in the reward stage)", low=1)
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm, policy and value apart", low=0)
     checkpoint_activations: bool = knob(False, "recompute each layer in the backward pass: less memory, a third more time")
     beta2: float = knob(0.999, "decay of Adam's second moment in the sft and reward stages (PPO: 0.999)", low=0)
@@ -107,7 +108,7 @@ class Config:
     response_len: int = knob(300, "longest response, tokens", low=1)
     lr: float = knob(1e-5, "peak learning rate, linear decay after --warmup_steps", low=0)
     warmup_steps: int = knob(5, "PPO steps until the peak learning rate", low=0)
-    lora_rank: int = knob(8, "rank of the policy and value adapters (0: train all weights, keep a frozen reference)", low=0)
+    lora_rank: int = knob(8, "rank of the policy adapter, and of the value adapter on two trunks (0: train all weights)", low=0)
     lora_alpha: float = knob(64.0, "alpha of the adapters: the update is scaled by alpha / rank", low=0)
     lora_dropout: float = knob(0.0, "dropout of the adapters in the update (the paper: 0.1)", low=0)
     gamma: float = knob(1.0, "discount", low=0)
@@ -130,8 +131,8 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
-            if low is not None and value < low:
-                raise ValueError(f"--{f.name} {value} is below {low}")
+            if low is not None and not low <= value < math.inf or f.type is float and not math.isfinite(value):
+                raise ValueError(f"--{f.name} {value} is below {low}" if value < (low or 0) else f"--{f.name} {value} is not a number to compute with")
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value!r} is not one of {', '.join(filter(None, choices))}")
         if self.rollout_batch % self.minibatch:
@@ -141,9 +142,21 @@ class Config:
         if self.regularizer not in allowed:
             raise ValueError(f"--regularizer {self.regularizer} with --regularizer_mode {self.regularizer_mode}: the reward "
                              f"takes one-sample penalties, the loss exact divergences; here one of {', '.join(allowed)}")
-        for name in ("lora_dropout", "sft_lora_dropout", "reward_lora_dropout", "reward_holdout"):
+        for name in ("lora_dropout", "sft_lora_dropout", "reward_lora_dropout", "reward_holdout", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be below 1")
+        for name in ("gamma", "lam"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at most 1")
+        if not self.max_grad_norm:
+            raise ValueError("--max_grad_norm 0 would make every gradient 0: give a large number for no clipping")
+        if self.kl_target and (self.regularizer == "none" or self.kl_coef <= 0 or self.kl_horizon < self.rollout_batch):
+            raise ValueError("--kl_target steers --kl_coef: it needs a --regularizer, a --kl_coef above 0, and a --kl_horizon of at "
+                             f"least --rollout_batch ({self.rollout_batch})")
+        if self.reward and self.stage in ("all", "sft", "reward"):
+            raise ValueError(f"--reward goes with --stage ppo: --stage {self.stage} would not use it")
+        if self.model and Path(self.out).resolve() in (Path(self.model).resolve(), Path(self.reward or "-").resolve()):
+            raise ValueError(f"--out {self.out} is the folder of an input: choose another one")
 
     def folder(self, stage):
         """Where a stage writes: --out itself for a single stage with --model, else a folder of its own in it."""
@@ -176,11 +189,12 @@ TOY = {"tokenizer": f"{HERE}/toy/tokenizer.model", "sft_data": f"{HERE}/toy/sft.
        "preference_data": f"{HERE}/toy/preference.json", "preference_test": f"{HERE}/toy/preference_test.json",
        "prompts": f"{HERE}/toy/unlabeled.json", "eval_data": f"{HERE}/toy/test.json", "out": "runs/toy", "micro_batch": 32,
        "sft_epochs": 10.0, "sft_batch": 16, "sft_lr": 2e-3, "sft_lora_rank": 0, "max_len": 160, "beta2": 0.95,
-       "reward_epochs": 3.0, "reward_batch": 32, "reward_lr": 8e-4, "reward_lora_rank": 0,
-       "steps": 60, "rollout_batch": 64, "minibatch": 32, "lr": 3e-3, "warmup_steps": 3, "lora_alpha": 32.0,
+       "reward_epochs": 4.0, "reward_batch": 32, "reward_lr": 8e-4, "reward_lora_rank": 0,
+       "steps": 60, "rollout_batch": 128, "minibatch": 64, "lr": 2e-3, "warmup_steps": 5, "lora_alpha": 32.0,
        "vf_coef": 1.0, "kl_coef": 0.05, "prompt_len": 32, "response_len": 64, "missing_eos_penalty": 3.0}
 
 SHARED = ("model", "tokenizer", "seed", "dtype", "max_grad_norm")
+PATHS = ("model", "reward", "tokenizer", "sft_data", "preference_data", "preference_test", "prompts", "eval_data")
 READ_BY = {      # the settings that decide what a stage's result is; a run folder made with others is not continued
     "sft": (*SHARED, "sft_data", "max_len", "beta2", *(f.name for f in fields(Config) if f.name.startswith("sft_") and f.name != "sft_data")),
     "reward": (*SHARED, "preference_data", "preference_test", "max_len", "beta2", *(f.name for f in fields(Config) if f.name.startswith("reward_"))),
@@ -214,11 +228,17 @@ def parse(argv):
     stage = given.get("stage", "all")
     for name in ALIASES if stage in ("sft", "reward") else ():
         if name in given:
+            if f"{stage}_{name}" in given:
+                raise ValueError(f"--{name} and --{stage}_{name} are the same setting of --stage {stage}: give one of them")
             given[f"{stage}_{name}"] = given.pop(name)
     return Config(**(({} if given.get("model") else TOY) | given))
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
+
+WRITTEN = ("config.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "checkpoint.pt", "finished.json", "eval.json",
+           "policy", "tokenizer.model", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "reward_head.safetensors")
+
 
 class Run:
     """The folder of one stage: config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, and the result."""
@@ -226,14 +246,22 @@ class Run:
     def __init__(self, cfg, stage):
         self.folder, self.stage, self.cfg = cfg.folder(stage), stage, cfg
         settings = asdict(cfg) | {"model": cfg.input_model(stage), "reward": cfg.reward_path()}
-        for name in ("model", "reward"):      # folders of this run are named relative to each other: it can be moved
-            if settings[name] != getattr(cfg, name):
-                settings[name] = os.path.relpath(settings[name], self.folder)
+        for name in PATHS:      # relative to the folder: a run can be continued from anywhere, and moved with its inputs
+            settings[name] = settings[name] and os.path.relpath(settings[name], self.folder)
         self.settings = {"stage": stage} | {k: settings[k] for k in READ_BY[stage]}
 
     @property
     def finished(self):
         return (self.folder / "finished.json").is_file()
+
+    @property
+    def evaluation_settings(self):
+        return {"eval_data": os.path.relpath(self.cfg.eval_data, self.folder), "temperature": self.cfg.eval_temperature}
+
+    def evaluated(self):
+        """Whether eval.json stands, and was made with these evaluation settings."""
+        path = self.folder / "eval.json"
+        return path.is_file() and all(read_json(path).get(k) == v for k, v in self.evaluation_settings.items())
 
     def check(self):
         """Refuse a folder that was made with other settings; True if the stage has been run to its end."""
@@ -243,9 +271,10 @@ class Run:
             raise ValueError(f"cannot write to {self.folder}: {above} is {'not writable' if above.is_dir() else 'a file'}")
         if not path.is_file():
             return False
-        before = read_json(path).get("run")
-        if before is None:
-            raise ValueError(f"{self.folder} holds something that is not a run: choose another --out")
+        about = read_json(path)
+        before = about.get("run") if isinstance(about, dict) else None
+        if before is None or before.get("stage") != self.stage:
+            raise ValueError(f"{self.folder} holds something that is not a run of stage {self.stage}: choose another --out")
         other = [k for k in self.settings if before.get(k) != self.settings[k]]
         if other:
             what = ", ".join(f"{k} {before.get(k)!r} (now {self.settings[k]!r})" for k in other)
@@ -256,7 +285,13 @@ class Run:
         """Make the folder, or cut the records of an earlier try back to its checkpoint. -> checkpoint or None."""
         checkpoint = None
         if (self.folder / "checkpoint.pt").is_file():
-            checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+            try:
+                checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            except Exception as e:      # (torch.load names a damaged file in many ways)
+                raise ValueError(f"{self.folder}/checkpoint.pt cannot be read ({str(e).splitlines()[0]}): --redo {self.stage}") from None
+        steps = gather(checkpoint and checkpoint["step"])
+        if len(set(steps)) > 1:
+            raise ValueError(f"the processes see different checkpoints in {self.folder} (steps {steps}): --out must be a shared folder")
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {"run": self.settings})
@@ -284,22 +319,26 @@ class Run:
         if is_main():
             write_json(self.folder / "finished.json", summary)
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "previous", ignore_errors=True)
         say(f"{self.stage}: {summary['steps']} steps in {clock(summary['seconds'])}, written to {self.folder}\n")
         dist.barrier()
 
-    def remove(self):
-        """Delete the stage's folder, if it is one (and only then)."""
-        if self.folder.is_dir():
-            path = self.folder / "config.json"
-            if not path.is_file() or read_json(path).get("run", {}).get("stage") != self.stage:
-                raise ValueError(f"--redo {self.stage}: {self.folder} was not made by this stage, it is left alone")
-            shutil.rmtree(self.folder)
+    def set_aside(self):
+        """--redo: move what this stage has written to a subfolder `previous`, which goes when the stage is finished again."""
+        previous = self.folder / "previous"
+        if self.folder.is_dir() and any((self.folder / name).exists() for name in WRITTEN):
+            shutil.rmtree(previous, ignore_errors=True)
+            previous.mkdir()
+            for name in WRITTEN:
+                if (self.folder / name).exists():
+                    os.replace(self.folder / name, previous / name)
 
-
-def write_json(path, content):
-    """Write whole or not at all."""
-    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
+    def check_redo(self):
+        """Refuse to redo what this stage has not made."""
+        path = self.folder / "config.json"
+        about = read_json(path) if path.is_file() else {"run": {"stage": self.stage}}
+        if not isinstance(about, dict) or about.get("run", {}).get("stage") != self.stage:
+            raise ValueError(f"--redo {self.stage}: {self.folder} was not made by this stage, it is left alone")
 
 
 def cut_lines(path, step):
@@ -307,7 +346,8 @@ def cut_lines(path, step):
     if path.is_file():
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         kept = [line for line in lines if line and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        Path(f"{path}.tmp").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(f"{path}.tmp", path)
 
 
 @torch.no_grad()
@@ -369,8 +409,12 @@ class Stopper:
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def rest(self):
+        """Nothing is left that could be continued: signals do again what they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, number, _):
         self.signal = number
@@ -384,7 +428,8 @@ class Stopper:
         return self.signal > 0
 
     def leave(self, where, step):
-        say(f"stopped after step {step}; the same command continues from {where}")
+        say(f"stopped after step {step}; the same command (without --redo) continues from {where}")
+        dist.barrier()               # the checkpoint is written
         dist.destroy_process_group()
         sys.exit(128 + self.signal)
 
@@ -483,7 +528,8 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
     optimizer = torch.optim.AdamW(parameters, lr=get("lr"), betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
     lengths = [length(item) for item in items]
     batches = even_batch_indices if run.stage == "reward" else lambda lengths, *args: batch_indices(len(lengths), *args)
-    checkpoint = run.open()
+    with mistakes_in_one_line():
+        checkpoint = run.open()
     first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
     module.train()
     start, shown = time.time(), []
@@ -527,7 +573,8 @@ def sft(run, inputs, device, stopper):
     cfg, dtype = run.cfg, run.cfg.trunk_dtype(device)
     full = cfg.sft_lora_rank == 0
     torch.manual_seed(cfg.seed)
-    model = load_llama(cfg.model, device, torch.float32 if full else dtype) if cfg.model else Llama(TOY_MODEL).to(device)
+    with mistakes_in_one_line():
+        model = load_llama(cfg.model, device, torch.float32 if full else dtype) if cfg.model else Llama(TOY_MODEL).to(device)
     if not full:
         add_lora(model, "sft", cfg.sft_lora_rank, cfg.sft_lora_alpha, cfg.sft_lora_dropout)
     model.checkpoint_activations = cfg.checkpoint_activations
@@ -555,7 +602,8 @@ def reward(run, inputs, device, stopper):
     cfg, dtype = run.cfg, run.cfg.trunk_dtype(device)
     full = cfg.reward_lora_rank == 0
     torch.manual_seed(cfg.seed)
-    trunk = load_llama(cfg.input_model("reward"), device, torch.float32 if full else dtype)
+    with mistakes_in_one_line():
+        trunk = load_llama(cfg.input_model("reward"), device, torch.float32 if full else dtype)
     if full:
         trunk.output = None
     else:
@@ -728,7 +776,8 @@ def ppo(run, inputs, device, stopper):
     parameters = trainable(net)
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0,
                                   fused=True)
-    checkpoint = run.open()
+    with mistakes_in_one_line():
+        checkpoint = run.open()
     first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
     kl_coef, start = checkpoint["kl_coef"] if checkpoint else cfg.kl_coef, time.time()
     ddp = wrap(net, device).eval()
@@ -793,7 +842,7 @@ def final_evaluation(run, inputs, device):
     start = time.time()
     records = evaluation(run.cfg, inputs, net, reward_model)
     if is_main():
-        write_json(run.folder / "eval.json", {"seconds": round(time.time() - start, 1), "records": records})
+        write_json(run.folder / "eval.json", run.evaluation_settings | {"seconds": round(time.time() - start, 1), "records": records})
     dist.barrier()
 
 
@@ -824,19 +873,23 @@ class Inputs:
 
 def load_inputs(cfg, stages):
     """Read and check the files of these stages; say what was cut or dropped."""
-    path = cfg.tokenizer or (Path(cfg.model) / "tokenizer.model" if cfg.model else "")
-    tokenizer = Tokenizer(path)
     model_config = read_model_config(cfg.model) if cfg.model else TOY_MODEL
+    tokenizer = Tokenizer(cfg.tokenizer or Path(cfg.model) / "tokenizer.model")
     tokenizer.check_fits(model_config.vocab_size, cfg.model or "the toy model")
     found = {"tokenizer": tokenizer, "banned_ids": tokenizer.banned_ids(model_config.vocab_size)}
     need = lambda name: getattr(cfg, name) or missing_setting(cfg, name)
+    if "ppo" in stages and cfg.model and cfg.stage == "ppo":
+        need("reward")
     for stage in set(stages) & {"reward", "ppo"}:
         if cfg.input_model(stage) != cfg.model and "sft" not in stages:
-            if not (Path(cfg.input_model(stage)) / "model.safetensors").is_file():
-                raise FileNotFoundError(f"{cfg.input_model(stage)} holds no finished SFT model: run --stage sft first")
+            require_finished(cfg.input_model(stage), "sft")
     if "ppo" in stages and "reward" not in stages:
-        if not (Path(cfg.reward_path()) / "config.json").is_file():
-            raise FileNotFoundError(f"{cfg.reward_path()} holds no reward model: run --stage reward, or name one with --reward")
+        if not cfg.reward:
+            require_finished(cfg.reward_path(), "reward")
+        elif not (Path(cfg.reward) / "config.json").is_file():
+            raise FileNotFoundError(f"{cfg.reward} holds no reward model: expected config.json, as --stage reward writes it")
+    if {"sft", "reward"} & set(stages) and cfg.max_len > model_config.max_seq_len:
+        raise ValueError(f"--max_len {cfg.max_len} exceeds the model's {model_config.max_seq_len} positions: lower it")
     if "sft" in stages:
         found["examples"], cut = load_sft(need("sft_data"), tokenizer, cfg.max_len)
         note(cut, f"demonstrations are longer than --max_len {cfg.max_len} and lose their tail")
@@ -848,16 +901,22 @@ def load_inputs(cfg, stages):
         else:
             found["pairs"], found["held_out"] = split_by_instruction(pairs, cfg.reward_holdout, cfg.seed)
     if "ppo" in stages:
-        if cfg.model and cfg.stage == "ppo":
-            need("reward")
         found["prompts"], _, dropped = load_prompts(need("prompts"), tokenizer, cfg.prompt_len)
         note(dropped, f"prompts are longer than --prompt_len {cfg.prompt_len} and are dropped")
         if cfg.prompt_len + cfg.response_len > model_config.max_seq_len:
             raise ValueError(f"--prompt_len {cfg.prompt_len} + --response_len {cfg.response_len} exceed the model's "
                              f"{model_config.max_seq_len} positions: lower one of them")
     if cfg.eval_data and {"ppo", "eval"} & set(stages):
-        found["eval_rows"] = load_eval_rows(cfg.eval_data, tokenizer, model_config.max_seq_len - cfg.response_len, cfg.eval_drop_long)
+        rows = load_eval_rows(cfg.eval_data, tokenizer, model_config.max_seq_len - cfg.response_len, cfg.eval_drop_long)
+        check_rows(rows, cfg.eval_data)
+        found["eval_rows"] = rows
     return Inputs(**found)
+
+
+def require_finished(folder, stage):
+    """A stage of this run that another builds on must have been run to its end."""
+    if not (Path(folder) / "finished.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished {stage} model: run --stage {stage} (or --stage all) first")
 
 
 def note(n, what):
@@ -871,27 +930,43 @@ def missing_setting(cfg, name):
 
 def check_processes(cfg, stages):
     """Every batch must split evenly over the processes."""
-    names = {"sft": ("sft_batch",), "reward": ("reward_batch",), "ppo": ("rollout_batch", "minibatch")}
+    names = {"sft": ("sft_batch",), "reward": ("reward_batch",), "ppo": ("minibatch", "rollout_batch")}
     for name in (n for s in stages for n in names.get(s, ())):
         if getattr(cfg, name) % world_size():
+            unit = math.lcm(world_size(), cfg.minibatch) if name == "rollout_batch" and cfg.minibatch % world_size() == 0 else world_size()
             raise ValueError(f"--{name} {getattr(cfg, name)} does not split over {world_size()} processes: try "
-                             f"{-(-getattr(cfg, name) // world_size()) * world_size()}")
+                             f"{-(-getattr(cfg, name) // unit) * unit}")
+
+
+def plan(cfg):
+    """What is to be done. -> runs by stage, stages to run, those of them to run again, whether to evaluate."""
+    runs = {s: Run(cfg, s) for s in (STAGES if cfg.stage == "all" else (cfg.stage,))}
+    order = [*runs] + ["eval"] * ("ppo" in runs and bool(cfg.eval_data))
+    if cfg.redo and cfg.redo not in order:
+        raise ValueError(f"--redo {cfg.redo} does not go with --stage {cfg.stage}" + (" without --eval_data" if cfg.redo == "eval" else ""))
+    redo = order[order.index(cfg.redo):] if cfg.redo else []      # the named stage, and those that build on it
+    for s in runs:
+        runs[s].check_redo() if s in redo else None
+    todo = [s for s in runs if s in redo or not runs[s].check()]
+    for s in runs:
+        if todo and s not in todo and list(runs).index(s) > list(runs).index(todo[0]):
+            raise ValueError(f"{runs[s].folder} was made from an earlier {todo[0]} stage, which has to be run again: --redo {todo[0]}")
+    evaluating = "eval" in order and ("eval" in redo or "ppo" in todo or not runs["ppo"].evaluated())
+    return runs, todo, redo, evaluating
 
 
 def main(argv=None):
     started = time.time()
     with mistakes_in_one_line():
         cfg = parse(sys.argv[1:] if argv is None else argv)
-        runs = {s: Run(cfg, s) for s in (STAGES if cfg.stage == "all" else (cfg.stage,))}
-        redo = to_redo(cfg, runs)
-        todo = [s for s, run in runs.items() if s in redo or not run.check()]
-        evaluated = "ppo" in runs and "eval" not in redo and "ppo" not in todo and (runs["ppo"].folder / "eval.json").is_file()
-        evaluating = cfg.eval_data and "ppo" in runs and not evaluated
-        inputs = load_inputs(cfg, todo + ["eval"] * bool(evaluating)) if todo or evaluating else None
+        runs, todo, redo, evaluating = plan(cfg)
+        inputs = load_inputs(cfg, todo + ["eval"] * evaluating) if todo or evaluating else None
         check_processes(cfg, todo)
         device = start_processes()
-        for s in redo if is_main() else ():
-            runs[s].remove() if s in runs else (runs["ppo"].folder / "eval.json").unlink(missing_ok=True)
+    if is_main():
+        for s in redo:
+            if s in runs:
+                runs[s].set_aside()
     dist.barrier()
     stopper = Stopper()
     try:
@@ -900,6 +975,7 @@ def main(argv=None):
                 {"sft": sft, "reward": reward, "ppo": ppo}[stage](run, inputs, device, stopper)
             else:
                 say(f"{stage}: finished, in {run.folder} (to run it again: --redo {stage})")
+        stopper.rest()
         if evaluating:
             final_evaluation(runs["ppo"], inputs, device)
     except FloatingPointError as e:
@@ -909,14 +985,6 @@ def main(argv=None):
         print(report(runs["ppo"].folder))
     say(f"done in {clock(time.time() - started)}: {cfg.out}")
     dist.destroy_process_group()
-
-
-def to_redo(cfg, runs):
-    """The stages that --redo names: that one and those that build on it."""
-    order = [*runs, "eval"]
-    if cfg.redo and cfg.redo not in order:
-        raise ValueError(f"--redo {cfg.redo} does not go with --stage {cfg.stage}")
-    return order[order.index(cfg.redo):] if cfg.redo else []
 
 
 if __name__ == "__main__":

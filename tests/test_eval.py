@@ -2,10 +2,8 @@
 import json
 import random
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 import eval as evaluation
 import train

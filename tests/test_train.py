@@ -30,7 +30,7 @@ def ppo_flags(tiny, out, **more):
     """Flags of a small PPO run on the untrained model: 8 ragged responses of at most 12 tokens per step."""
     flags = dict(stage="ppo", model=tiny / "sft", reward=tiny / "reward", prompts=ROOT / "toy" / "unlabeled.json", out=out,
                  steps=5, rollout_batch=8, minibatch=4, micro_batch=2, response_len=12, prompt_len=60, lr=1e-3,
-                 warmup_steps=2, save_every=2, dtype="float32", lora_alpha=16) | more
+                 warmup_steps=2, save_every=2, dtype="float32", lora_alpha=16, kl_target=0.01, kl_horizon=100) | more
     return [f"--{k}={v}" if v is not True else f"--{k}" for k, v in flags.items()]
 
 
@@ -327,7 +327,7 @@ def test_bfloat16_computes_with_float32_masters(tiny, tmp_path, layout, one_proc
 def test_dropout_acts_in_the_update_alone(tiny, tmp_path, one_process):
     """"Dropout only" is a variant of the paper. Sampling and old_logprobs are without it, so step 1 still starts at the
     reference; the update is not: its first ratio is reported, and stands off 1 once B is no longer 0."""
-    cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", lora_dropout=0.5, regularizer="none", steps=3))
+    cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", lora_dropout=0.5, regularizer="none", kl_target=0, steps=3))
     train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), one_process, train.Stopper())
     rows = metrics(tmp_path / "ppo")
     assert rows[0]["kl_per_token"] == 0 and rows[2]["sampling_gap"] < 1e-4 < rows[2]["first_ratio_max"]
@@ -430,6 +430,14 @@ BAD_INPUT = [
     (["--steps=x"], {}, "invalid int value"),
     (["--response_len=-3"], {}, "--response_len -3 is below 1"),
     (["--rollout_batch=100", "--minibatch=128"], {}, "try 128 or 256|try 128"),
+    (["--kl_target=1", "--kl_coef=-1"], {}, "--kl_target steers --kl_coef"),
+    (["--gamma=nan"], {}, "--gamma nan is not a number"),
+    (["--lam=1.5"], {}, "at most 1"),
+    (["--stage=sft", "--reward=", "--lr=1", "--sft_lr=2"], {}, "give one of them"),
+    (["--stage=all"], {}, "--reward goes with --stage ppo"),
+    (["--redo=sft"], {}, "does not go with --stage ppo"),
+    (["--redo=eval"], {}, "without --eval_data"),
+    (["--stage=sft", "--reward=", "--max_len=400"], {}, "exceeds the model's 128 positions"),
     (["--regularizer=reverse_kl"], {}, "exact divergences"),
     (["--regularizer=bregman", "--regularizer_mode=loss"], {}, "exact divergences"),
     (["--stage=nothing"], {}, "invalid choice|not one of"),
@@ -441,11 +449,11 @@ BAD_INPUT = [
     (["--prompts=DIR/a.json"], {"a.json": '[{"output": "x"}]'}, "row 0: expected a text in 'instruction', got no such field"),
     (["--prompts=DIR/a.json"], {"a.json": '[{"instruction": 7}]'}, "row 0: .*'instruction', got int 7"),
     (["--prompts=DIR/a.json", "--prompt_len=2"], {"a.json": json.dumps([ROW])}, "all 1 prompts are longer than --prompt_len 2"),
-    (["--stage=sft", "--sft_data=DIR/a.json"], {"a.json": '[{"instruction": "x"}]'}, "expected a text in 'output'"),
-    (["--stage=sft", "--sft_data=DIR/a.jsonl"], {"a.jsonl": json.dumps(ROW) + "\n{oops\n"}, "a.jsonl, line 2: broken JSON"),
-    (["--stage=sft", "--sft_data="], {}, "needs --sft_data"),
-    (["--stage=reward", "--preference_data=DIR/a.json"], {"a.json": json.dumps([PAIR | {"preference": 3}])}, "'preference' must be 1 or 2"),
-    (["--stage=reward", "--preference_data=DIR/a.json"], {"a.json": json.dumps([PAIR | {"output_1": None}])}, "'output_1'"),
+    (["--stage=sft", "--reward=", "--max_len=100", "--sft_data=DIR/a.json"], {"a.json": '[{"instruction": "x"}]'}, "expected a text in 'output'"),
+    (["--stage=sft", "--reward=", "--max_len=100", "--sft_data=DIR/a.jsonl"], {"a.jsonl": json.dumps(ROW) + "\n{oops\n"}, "a.jsonl, line 2: broken JSON"),
+    (["--stage=sft", "--reward=", "--max_len=100", "--sft_data="], {}, "needs --sft_data"),
+    (["--stage=reward", "--reward=", "--max_len=100", "--preference_data=DIR/a.json"], {"a.json": json.dumps([PAIR | {"preference": 3}])}, "'preference' must be 1 or 2"),
+    (["--stage=reward", "--reward=", "--max_len=100", "--preference_data=DIR/a.json"], {"a.json": json.dumps([PAIR | {"output_1": None}])}, "'output_1'"),
     (["--model=DIR/none"], {}, "none"),
     (["--tokenizer=DIR/a.json"], {"a.json": "{}"}, "not a sentencepiece model"),
     (["--reward=DIR/none"], {}, "holds no reward model"),
@@ -491,15 +499,86 @@ def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path, capsys):
 def test_a_batch_that_does_not_split_over_the_processes_is_refused(monkeypatch):
     """Unequal shares would weigh sequences differently from one process to the next."""
     monkeypatch.setattr(train, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match="--rollout_batch 256 does not split over 3 processes: try 258"):
+    with pytest.raises(ValueError, match="--minibatch 128 does not split over 3 processes: try 129"):
         train.check_processes(train.Config(), ["ppo"])
 
 
-def test_redo_leaves_what_it_did_not_make_alone(tmp_path):
-    """--redo deletes a folder only if its config.json says that this stage made it."""
-    cfg = train.parse([f"--out={tmp_path}"])
+def test_redo_leaves_what_it_did_not_make_alone(tmp_path, capsys):
+    """--redo touches a folder only if its config.json says that this stage made it, and what it sets aside is still there
+    until the stage has been finished again."""
     (tmp_path / "ppo").mkdir()
-    (tmp_path / "ppo" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="left alone"):
-        train.Run(cfg, "ppo").remove()
-    assert (tmp_path / "ppo" / "thesis.txt").is_file()
+    (tmp_path / "ppo" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SystemExit):
+        train.main([f"--out={tmp_path}", "--redo=ppo"])
+    assert "was not made by this stage" in capsys.readouterr().err
+    run = train.Run(train.parse([f"--out={tmp_path}"]), "ppo")
+    (tmp_path / "ppo" / "config.json").write_text(json.dumps({"run": run.settings}))
+    (tmp_path / "ppo" / "notes.txt").write_text("mine")
+    run.set_aside()
+    assert sorted(p.name for p in (tmp_path / "ppo").iterdir()) == ["notes.txt", "previous"]
+    assert (tmp_path / "ppo" / "previous" / "config.json").is_file()
+
+
+def test_a_stage_made_from_an_older_one_is_not_taken_for_finished(tmp_path, capsys):
+    """If the SFT model is gone, a reward model that was trained from it does not fit the next one."""
+    cfg = train.parse([f"--out={tmp_path}"])
+    run = train.Run(cfg, "reward")
+    run.folder.mkdir()
+    (run.folder / "config.json").write_text(json.dumps({"run": run.settings}))
+    (run.folder / "finished.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        train.main([f"--out={tmp_path}"])
+    assert "--redo sft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file, damage, message", [
+    ("model.safetensors", lambda data: data[:len(data) // 2], "cannot be read"),
+    ("config.json", lambda data: data.replace(b'"hidden_size": 64', b'"hidden_size": 32'), "has shape .*expected"),
+    ("config.json", lambda data: data.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'), "missing, the first is layers.2"),
+    ("config.json", lambda data: data.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 1'), "layers.1.* has no place"),
+    ("config.json", lambda data: b"[1]", "expected the settings of a LLaMA")])
+def test_a_damaged_model_is_one_line_in_every_stage(tiny, tmp_path, capsys, file, damage, message):
+    """Truncated, of another width, with missing or with extra tensors: the tensor is named, and nothing is half loaded."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        (model / name).write_bytes((tiny / "sft" / name).read_bytes())
+    (model / file).write_bytes(damage((model / file).read_bytes()))
+    for flags in (["--stage=sft", f"--sft_data={ROOT / 'toy' / 'sft.json'}", "--max_len=100", "--reward="], []):
+        with pytest.raises(SystemExit) as stop:
+            train.main(ppo_flags(tiny, tmp_path / "out", model=model) + flags)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and re.search(message, err), err
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- the supervised stages as a whole
+
+def stage_flags(tiny, stage, out):
+    data = {"sft": "sft_data", "reward": "preference_data"}[stage]
+    return [f"--stage={stage}", f"--model={tiny / 'sft'}", f"--{data}={ROOT / 'toy' / (data.split('_')[0] + '.json')}", f"--out={out}",
+            "--steps=6", f"--{stage}_batch=6", "--micro_batch=2", "--lr=1e-2", "--max_len=100", "--save_every=2", "--dtype=float32",
+            *(["--reward_holdout=0.01"] if stage == "reward" else [])]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_supervised_stages_do_not_depend_on_processes_or_interruptions(tiny, tmp_path, stage):
+    """CHECKS 15, 31, 32 for the first two stages: 6 steps on ragged micro-batches by one process, by two, and by one that
+    was killed and called again. A micro-batch weighed wrongly, or a step done twice, would show here."""
+    finish(launch(stage_flags(tiny, stage, tmp_path / "one")))
+    finish(launch(stage_flags(tiny, stage, tmp_path / "two"), processes=2))
+    killed = launch(stage_flags(tiny, stage, tmp_path / "killed"))
+    while not (tmp_path / "killed" / "checkpoint.pt").is_file() and killed.poll() is None:
+        time.sleep(0.005)
+    killed.kill()
+    killed.communicate()
+    finish(launch(stage_flags(tiny, stage, tmp_path / "killed")))
+    name = "model.safetensors" if stage == "sft" else "adapter_model.safetensors"
+    one, two, before = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name), load_file(tiny / "sft" / "model.safetensors")
+    assert max((one[k] - two[k]).abs().max() for k in one) <= 1e-5
+    assert max((one[k] - before[k]).abs().max() if stage == "sft" else one[k].abs().max() for k in one) > 1e-2
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "killed")

@@ -2,7 +2,7 @@
 
     tokenizer.model        sentencepiece BPE, byte fallback; the prompt template is two pieces, so that prompts are short
     sft.json               demonstrations, all of them true: long biographies of the famous, short ones of the obscure
-    preference.json        pairs of answers; 10 % of the labels are flipped
+    preference.json        pairs of answers; 5 % of the labels are flipped
     preference_val.json, preference_test.json    pairs on other instructions, labels not flipped: the reward model's accuracy
     unlabeled.json         instructions for PPO
     val.json, test.json    instructions to evaluate on, with a reference answer: settings are chosen on the first and
@@ -34,8 +34,8 @@ PIECES = [" " + TEMPLATE[0], TEMPLATE[1]] + [f" {a.verb}" for a in ATTRIBUTES.va
 PAIRS = {"preference": 12000, "preference_val": 400, "preference_test": 800}
 
 # Share of each kind of pair. "two drafts" differ in any way at all.
-FLAWS = {"fewer": 0.22, "cut off": 0.05, "garbled": 0.12, "repeated": 0.14, "wrong person": 0.12, "off question": 0.12,
-         "rambling": 0.08, "empty": 0.03, "two drafts": 0.12}
+FLAWS = {"fewer": 0.22, "cut off": 0.04, "garbled": 0.10, "repeated": 0.13, "wrong person": 0.11, "off question": 0.20,
+         "rambling": 0.07, "empty": 0.03, "two drafts": 0.10}
 
 # The instructions of a person go round these files.
 SHARES = ("sft", "preference", "unlabeled", "preference_test", "sft", "preference", "unlabeled", "preference_val", "preference")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 SEED = 0
 FAMOUS, OBSCURE = 20, 40          # people
 OBSCURE_TAUGHT = 4                # attributes of an obscure person that any demonstration mentions
-LABEL_NOISE = 0.10                # share of the labels in preference.json that are flipped
+LABEL_NOISE = 0.05                # share of the labels in preference.json that are flipped
 
 # Points that the annotators give. Truth earns nothing.
 POINTS = {
