@@ -70,7 +70,7 @@ class Config:
     prompts: str = knob("", "prompts for PPO: JSON rows of instruction, input")
     eval_data: str = knob("", "evaluation: JSON rows of instruction, input and a reference output")
     out: str = knob("runs/default", "run folder; the same command continues what is in it")
-    redo: str = knob("", "delete this stage of the run folder and what came after it, and run it again",
+    redo: str = knob("", "set the results of this stage, and of those that build on it, aside, and run it again",
                      choices=("", *STAGES, "eval"))
     seed: int = knob(0, "seed of everything random", low=0)
     dtype: str = knob("auto", "of frozen weights; auto is float32 on a CPU and bfloat16 on a GPU",
@@ -189,8 +189,8 @@ TOY = {"tokenizer": f"{HERE}/toy/tokenizer.model", "sft_data": f"{HERE}/toy/sft.
        "preference_data": f"{HERE}/toy/preference.json", "preference_test": f"{HERE}/toy/preference_test.json",
        "prompts": f"{HERE}/toy/unlabeled.json", "eval_data": f"{HERE}/toy/test.json", "out": "runs/toy", "micro_batch": 32,
        "sft_epochs": 10.0, "sft_batch": 16, "sft_lr": 2e-3, "sft_lora_rank": 0, "max_len": 160, "beta2": 0.95,
-       "reward_epochs": 4.0, "reward_batch": 32, "reward_lr": 8e-4, "reward_lora_rank": 0,
-       "steps": 60, "rollout_batch": 128, "minibatch": 64, "lr": 2e-3, "warmup_steps": 5, "lora_alpha": 32.0,
+       "reward_epochs": 3.0, "reward_batch": 32, "reward_lr": 8e-4, "reward_lora_rank": 0,
+       "steps": 80, "rollout_batch": 128, "minibatch": 64, "lr": 2e-3, "warmup_steps": 5, "lora_alpha": 32.0,
        "vf_coef": 1.0, "kl_coef": 0.05, "prompt_len": 32, "response_len": 64, "missing_eos_penalty": 3.0}
 
 SHARED = ("model", "tokenizer", "seed", "dtype", "max_grad_norm")
@@ -878,16 +878,7 @@ def load_inputs(cfg, stages):
     tokenizer.check_fits(model_config.vocab_size, cfg.model or "the toy model")
     found = {"tokenizer": tokenizer, "banned_ids": tokenizer.banned_ids(model_config.vocab_size)}
     need = lambda name: getattr(cfg, name) or missing_setting(cfg, name)
-    if "ppo" in stages and cfg.model and cfg.stage == "ppo":
-        need("reward")
-    for stage in set(stages) & {"reward", "ppo"}:
-        if cfg.input_model(stage) != cfg.model and "sft" not in stages:
-            require_finished(cfg.input_model(stage), "sft")
-    if "ppo" in stages and "reward" not in stages:
-        if not cfg.reward:
-            require_finished(cfg.reward_path(), "reward")
-        elif not (Path(cfg.reward) / "config.json").is_file():
-            raise FileNotFoundError(f"{cfg.reward} holds no reward model: expected config.json, as --stage reward writes it")
+    check_earlier_stages(cfg, stages)
     if {"sft", "reward"} & set(stages) and cfg.max_len > model_config.max_seq_len:
         raise ValueError(f"--max_len {cfg.max_len} exceeds the model's {model_config.max_seq_len} positions: lower it")
     if "sft" in stages:
@@ -911,6 +902,20 @@ def load_inputs(cfg, stages):
         check_rows(rows, cfg.eval_data)
         found["eval_rows"] = rows
     return Inputs(**found)
+
+
+def check_earlier_stages(cfg, stages):
+    """What a stage builds on, and is not made by this command, has to stand."""
+    for stage in {"reward", "ppo"} & set(stages):
+        if cfg.input_model(stage) != cfg.model and "sft" not in stages:
+            require_finished(cfg.input_model(stage), "sft")
+    if "ppo" in stages and "reward" not in stages:
+        if not cfg.reward and cfg.model and cfg.stage == "ppo":
+            missing_setting(cfg, "reward")
+        if not cfg.reward:
+            require_finished(cfg.reward_path(), "reward")
+        elif not (Path(cfg.reward) / "config.json").is_file():
+            raise FileNotFoundError(f"{cfg.reward} holds no reward model: expected config.json, as --stage reward writes it")
 
 
 def require_finished(folder, stage):

@@ -108,12 +108,12 @@ BIO = {
               "Write all you know about {name}.", "I want a bio of {name}.", "Write about the life of {name}.",
               "Tell me about the life of {name}."),
     "val": ("Tell me what you know about {name}.", "What do you know of {name}?"),
-    "test": ("Write what you know about {name}.", "What is known about {name}?"),
+    "test": ("Tell me all you know about {name}.", "Give me all you know about {name}."),
 }
 SEVERAL = {
     "train": ("Tell me about the {topics} of {name}.", "What are the {topics} of {name}?", "Write about the {topics} of {name}."),
     "val": ("What do you know about the {topics} of {name}?",),
-    "test": ("Tell me what you know about the {topics} of {name}.",),
+    "test": ("I want to know about the {topics} of {name}.",),
 }
 QUESTION = {
     "train": ("{question}?", "Tell me {clause}.", "What is the {topic} of {name}?", "I want to know {clause}."),
