@@ -251,7 +251,7 @@ def report(folder):
     judge_name = "the simulated annotators" if is_toy(records) else "the reward model itself, which PPO has maximised"
     lines = ["", f"{len(records)} evaluation prompts, judged by {judge_name}; +- is one standard error", "", table(summary), "",
              f"PPO against SFT: {w['value']:.1%}, 95 % interval {w['low']:.1%} to {w['high']:.1%}", ""]
-    for r in [records[len(records) * k // 6] for k in (1, 3, 5)]:
+    for r in [records[len(records) * k // 7] for k in (1, 4, 6)]:
         lines += [f"> {r['instruction']}", f"  before: {r['before']['text']}", f"  after:  {r['after']['text']}", ""]
     return "\n".join(lines)
 
