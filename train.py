@@ -191,7 +191,7 @@ TOY = {"tokenizer": f"{HERE}/toy/tokenizer.model", "sft_data": f"{HERE}/toy/sft.
        "sft_epochs": 10.0, "sft_batch": 16, "sft_lr": 2e-3, "sft_lora_rank": 0, "max_len": 160, "beta2": 0.95,
        "reward_epochs": 3.0, "reward_batch": 32, "reward_lr": 8e-4, "reward_lora_rank": 0,
        "steps": 80, "rollout_batch": 128, "minibatch": 64, "lr": 2e-3, "warmup_steps": 5, "lora_alpha": 32.0,
-       "vf_coef": 1.0, "kl_coef": 0.05, "prompt_len": 32, "response_len": 64, "missing_eos_penalty": 3.0}
+       "vf_coef": 1.0, "kl_coef": 0.1, "prompt_len": 32, "response_len": 64, "missing_eos_penalty": 3.0}
 
 SHARED = ("model", "tokenizer", "seed", "dtype", "max_grad_norm")
 PATHS = ("model", "reward", "tokenizer", "sft_data", "preference_data", "preference_test", "prompts", "eval_data")
