@@ -17,6 +17,7 @@ Decisions:
 3. Nothing is re-tokenised later: what was sampled as ids is scored as ids.
 """
 import json
+import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -81,6 +82,13 @@ class Tokenizer:
         """Ids that a model must never sample: PAD, BOS, UNK, and rows beyond this tokenizer (embeddings may have more)."""
         return sorted({self.pad_id, self.bos_id, self.unk_id} - {-1, self.eos_id}) + list(range(self.vocab_size, model_vocab_size))
 
+    @property
+    def has_user_defined_pieces(self):
+        """Whether some pieces were given rather than learned: they alone have the score +0 (a learned one has -0 or less)."""
+        sp = self.sp
+        return any(math.copysign(1, sp.get_score(i)) > 0 and not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))
+                   for i in range(self.vocab_size))
+
     def check_fits(self, model_vocab_size, model_path):
         """ValueError if this tokenizer has ids that the model has no embedding for."""
         if self.vocab_size > model_vocab_size:
@@ -115,6 +123,10 @@ def text_field(row, key, where, default=None):
     if not isinstance(value, str):
         got = "no such field" if not isinstance(row, dict) or key not in row else f"{type(value).__name__} {value!r}"
         raise ValueError(f"{where}: expected a text in '{key}', got {got}")
+    lone = next((c for c in value if 0xD800 <= ord(c) <= 0xDFFF), None) if not value.isascii() else None
+    if lone:
+        raise ValueError(f"{where}: '{key}' holds half a character ({lone!r}, a lone surrogate at {value.index(lone)}): no tokenizer "
+                         "can read it; mend or remove the row")
     return value
 
 

@@ -3,6 +3,10 @@
     python eval.py table runs/toy/ppo                       the table of a finished run, once more
     python eval.py generate runs/toy/ppo --prompt "Who is Mira Brenson?"
     python eval.py generate runs/toy/ppo --input questions.json --output answers.json
+    python eval.py chat runs/toy/ppo                        answers what you type
+    python eval.py export runs/ppo --format alpaca_eval --input eval.json --output outputs.json
+    python eval.py winrate annotations.json                 what an outside judge has said
+    python eval.py recover llama-7b sft10k-wdiff sft10k     a released weight diff
 
 Three systems answer each evaluation instruction: the reference answers that the data come with, the SFT model ("before",
 the policy with its adapter off) and the policy ("after"). Two judges look at them: the reward model (the proxy that PPO
@@ -15,15 +19,19 @@ Statistics
 * Factual precision: supported / stated facts, all answers pooled (FActScore, Min et al., arXiv 2305.14251), exact here.
 """
 import argparse
+import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from data import Tokenizer, load_prompts
-from model import generate, read_json, read_model_config
-from reward import assess, build_models, load_policy, score_responses
+from data import Tokenizer, load_prompts, read_rows, text_field
+from lora import base_folder, load_lora, merge_lora
+from model import generate, keyed_seed, read_json, read_model_config, read_text, save_llama, write_json
+from reward import (ActorCritic, assess, build_models, load_policy, load_reward_model, load_trunk, recover,
+                    score_responses)
 from toy import world
 
 
@@ -114,7 +122,7 @@ def load_run(folder, device="cpu", dtype=torch.float32):
         raise ValueError(f"{folder}/config.json does not describe a PPO run")
     tokenizer = Tokenizer(folder / "policy" / "tokenizer.model")
     model, reward = folder / run["model"], folder / run["reward"]
-    banned_ids = tokenizer.banned_ids(read_model_config(model).vocab_size)
+    banned_ids = tokenizer.banned_ids(read_model_config(base_folder(model)).vocab_size)
     net, reward_model = build_models(model, reward, device, dtype, banned_ids, run["lora_rank"], run["lora_alpha"])
     load_policy(net, folder / "policy")
     return net.eval(), reward_model.eval(), tokenizer
@@ -256,24 +264,235 @@ def report(folder):
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------- answers to files of instructions
+
+PRESETS = {"alpacafarm": dict(temperature=0.7, top_p=1.0, max_new_tokens=300),      # AlpacaFarm's and the paper's evaluation
+           "alpacaeval": dict(temperature=0.7, top_p=1.0, max_new_tokens=2048),
+           "paper": dict(temperature=0.0, top_p=1.0, max_new_tokens=512)}           # the paper's texts for factuality: greedy
+
+
+def load_answering(path, adapter_path=None, alpha=None, tokenizer=None, device="cpu", dtype=torch.float32):
+    """A policy that can answer: that of a PPO run, or a model folder, or a PEFT folder (merged into its base); with
+    adapter_path an adapter on top (a PEFT folder, or the paper's released file with its alpha). -> ActorCritic, Tokenizer"""
+    path = Path(path)
+    run = (read_json(path / "config.json").get("run") or {}) if (path / "policy").is_dir() else {}
+    base = path / run["model"] if run else path
+    adapter_path = path / "policy" if run.get("lora_rank") else adapter_path
+    if run and not run["lora_rank"]:
+        base = path / "policy"
+    places = [path / "policy", path, base, base_folder(base)]
+    tokenizer = Tokenizer(tokenizer or next((p / "tokenizer.model" for p in places if (p / "tokenizer.model").is_file()),
+                                            path / "tokenizer.model"))
+    model = load_trunk(base, device, dtype).eval()
+    tokenizer.check_fits(model.config.vocab_size, base)
+    if adapter_path:
+        load_lora(model, "policy", adapter_path, alpha)
+    return ActorCritic(model, "policy" if adapter_path else None), tokenizer
+
+
+def answer_rows(net, tokenizer, rows, where, batch=32, part=None, **settings):
+    """Texts answering rows of instruction and input, in their order. settings: temperature, top_p, max_new_tokens, seed.
+
+    A row's answer depends on the settings and on its place in the list, not on the rows beside it; it ends early where
+    the model has no positions left. With `part`, a path, finished answers are kept there (JSON lines), and a call with the
+    same rows and settings goes on behind them: an interrupted export continues.
+    """
+    prompts, room = load_prompts(where, tokenizer, rows=rows)[0], net.policy.config.max_seq_len
+    too_long = [i for i, p in enumerate(prompts) if len(p) >= room]
+    if too_long:
+        raise ValueError(f"{where}, row {too_long[0]}: the prompt has {len(prompts[too_long[0]])} tokens, the model {room} positions")
+    key = keyed_seed(json.dumps(settings), prompts)
+    texts = read_part(part, key) if part else []
+    for start in range(len(texts), len(rows), batch):
+        ids = range(start, min(start + batch, len(rows)))
+        answers = answer(net, [prompts[i] for i in ids], tokenizer, row_ids=ids, limits=[room - len(prompts[i]) for i in ids], **settings)
+        texts += [tokenizer.decode_response(a) for a in answers]
+        if part:
+            with open(part, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(t) + "\n" for t in texts[start:])
+            print(f"\r{len(texts)} of {len(rows)} answers", end="" if len(texts) < len(rows) else "\n", file=sys.stderr, flush=True)
+    return texts
+
+
+def read_part(part, key):
+    """The answers that an interrupted call has left, or a new file that begins with the key of this call."""
+    if not part.is_file():
+        part.write_text(f"{key}\n", encoding="utf-8")
+    lines = part.read_text(encoding="utf-8").split("\n")
+    if lines[0] != str(key):
+        raise ValueError(f"{part} was begun with other instructions or settings: give the same, or remove it")
+    whole = lines[1:-1]                                    # (the last line has no end: empty, or cut off)
+    part.write_text("\n".join([lines[0], *whole, ""]), encoding="utf-8")
+    return [json.loads(line) for line in whole]
+
+
+def joined_instruction(row):
+    """instruction and input as alpaca_eval wants them: one text, a blank line between."""
+    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+
+
+FORMATS = {      # what the judges read: a row of ours, the answer, the name of the model -> their row
+    "answers": lambda row, text, name: {"instruction": row["instruction"], "input": row.get("input", ""), "output": text},
+    "alpaca_eval": lambda row, text, name: {"instruction": joined_instruction(row), "output": text, "generator": name},
+    "alpacafarm": lambda row, text, name: {"instruction": row["instruction"], "input": row.get("input", ""),
+                                           "output_1": row["output"], "output_2": text},
+    "factscore": lambda row, text, name: {"topic": row["topic"], "output": text}}
+
+
+def instructions(path, form):
+    """Rows to answer. factscore: a file of names, one a line, each asked for as FActScore does; else JSON rows."""
+    if form == "factscore":
+        names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+        return [{"topic": name, "instruction": f"Tell me a bio of {name}."} for name in names]
+    rows = read_rows(path)
+    for i, row in enumerate(rows if form == "alpacafarm" else []):
+        text_field(row, "output", f"{path}, row {i} (output_1 of a pair is the reference's)")
+    return rows
+
+
+def write_rows(path, rows, form):
+    """JSON, or for factscore JSON lines, under a temporary name, then renamed."""
+    if form == "factscore":
+        Path(f"{path}.tmp").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        Path(f"{path}.tmp").replace(path)
+    else:
+        write_json(path, rows)
+
+
+def save_merged(net, tokenizer, folder):
+    """The policy as one Hugging Face folder, its adapter merged, with the tokenizer: AutoModelForCausalLM and AutoTokenizer
+    read it (the latter needs sentencepiece and protobuf). Returns whether transformers will tokenise as we do: pieces that
+    sentencepiece holds as user-defined, as the toy world's, it does not know."""
+    if net.policy_adapter:
+        merge_lora(net.policy, net.policy_adapter)
+    save_llama(net.policy, folder)
+    shutil.copy(tokenizer.path, Path(folder) / "tokenizer.model")
+    names = {f"{name}_token": tokenizer.sp.id_to_piece(i) for name, i in
+             (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("unk", tokenizer.unk_id)) if i >= 0}
+    write_json(Path(folder) / "special_tokens_map.json", names)
+    write_json(Path(folder) / "tokenizer_config.json", names | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
+                                                                "legacy": True, "clean_up_tokenization_spaces": False,
+                                                                "model_max_length": net.policy.config.max_seq_len})
+    write_json(Path(folder) / "generation_config.json", {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    return not tokenizer.has_user_defined_pieces
+
+
+# ---------------------------------------------------------------------------------------------------- outside judgements
+
+def count_preferences(preferences):
+    """Judgements as alpaca_eval and AlpacaFarm write them -> win rate of output_2, its standard error, and the counts.
+
+    1: output_1 is better, 2: output_2, 1.5 or (AlpacaFarm) 0: a draw, between 1 and 2: a leaning. A leaning counts as
+    wins - 1 in the win rate, and as a win or a loss by its side; anything else (a judge that failed) is left out. The standard
+    error is that of the mean, with n - 1.
+    """
+    valid = [1.5 if p == 0 else p for p in preferences if isinstance(p, (int, float)) and not isinstance(p, bool) and (p == 0 or 1 <= p <= 2)]
+    if not valid:
+        raise ValueError("no row has a preference between 1 and 2")
+    wins = torch.tensor(valid, dtype=torch.float64) - 1
+    return {"win_rate": wins.mean().item(), "standard_error": wins.std().item() / len(valid) ** 0.5 if len(valid) > 1 else float("nan"),
+            "n_wins": int((wins > 0.5).sum()), "n_wins_base": int((wins < 0.5).sum()), "n_draws": int((wins == 0.5).sum()),
+            "n_total": len(valid), "left_out": len(preferences) - len(valid)}
+
+
+def judge_pairs(rows, where, reward_model, tokenizer, batch):
+    """Scores that a reward model gives to output_1 and output_2 of each row. -> two lists"""
+    prompts = load_prompts(where, tokenizer, rows=rows)[0]
+    room, scores = reward_model.trunk.config.max_seq_len, []
+    for key in ("output_1", "output_2"):
+        ids = [tokenizer.encode_response(text_field(row, key, f"{where}, row {i}")) for i, row in enumerate(rows)]
+        long = [i for i in range(len(rows)) if len(prompts[i]) + len(ids[i]) > room]
+        if long:
+            raise ValueError(f"{where}, row {long[0]}: {key} does not fit the reward model's {room} positions")
+        scores.append(score_responses(reward_model, prompts, ids, tokenizer.eos_id, batch).tolist())
+    return scores
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
+def device_and_dtype(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    return device, getattr(torch, name)
+
+
+def load_from(args):
+    """Policy and tokenizer that the arguments of generate, chat and export name, and how to decode."""
+    net, tokenizer = load_answering(args.run, args.adapter, args.alpha, args.tokenizer, *device_and_dtype(args))
+    given = {k: getattr(args, k) for k in PRESETS["alpacafarm"] if getattr(args, k) is not None}
+    return net, tokenizer, PRESETS[args.preset] | given | {"seed": args.seed}
+
+
 def command_generate(args):
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    net, _, tokenizer = load_run(args.run, device, dtype)
-    if args.prompt is not None:
-        rows = [{"instruction": args.prompt, "input": ""}]
-        source = "--prompt"
-    else:
-        source, rows = args.input, None
-    prompts, rows, _ = load_prompts(source, tokenizer, rows=rows)
-    responses = answer(net, prompts, tokenizer, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
-    texts = [tokenizer.decode_response(r) for r in responses]
+    net, tokenizer, settings = load_from(args)
+    rows = [{"instruction": args.prompt}] if args.prompt is not None else read_rows(args.input)
+    part = Path(f"{args.output}.part") if args.output else None
+    texts = answer_rows(net, tokenizer, rows, args.input or "--prompt", args.batch, part, **settings)
     if args.output:
-        answers = [{"instruction": row["instruction"], "input": row.get("input", ""), "output": text} for row, text in zip(rows, texts)]
-        Path(args.output).write_text(json.dumps(answers, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_rows(args.output, [FORMATS["answers"](row, text, "") for row, text in zip(rows, texts)], "answers")
+        part.unlink()
     else:
         print("\n\n".join(texts))
+
+
+def command_chat(args):
+    net, tokenizer, settings = load_from(args)
+    print("An instruction a line; each is answered for itself (the template knows no dialogue). Ctrl-D ends.", file=sys.stderr)
+    for turn in itertools.count():
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text.strip():
+            print(*answer_rows(net, tokenizer, [{"instruction": text}], "your line", **settings | {"seed": f"{args.seed} {turn}"}), "", sep="\n")
+
+
+def command_export(args):
+    if args.format == "merged":
+        net, tokenizer, _ = load_from(args)
+        if not save_merged(net, tokenizer, args.output):
+            print(f"note: {tokenizer.path} has user-defined pieces, which transformers' LlamaTokenizer does not know: give the model "
+                  "ids from this project's tokenizer", file=sys.stderr)
+        return
+    if not args.input:
+        raise ValueError(f"--format {args.format} needs --input: {'names, one a line' if args.format == 'factscore' else 'JSON rows'}")
+    rows = instructions(args.input, args.format)
+    net, tokenizer, settings = load_from(args)
+    part = Path(f"{args.output}.part")
+    texts = answer_rows(net, tokenizer, rows, args.input, args.batch, part, **settings)
+    name = args.generator or Path(args.run).resolve().name
+    write_rows(args.output, [FORMATS[args.format](row, text, name) for row, text in zip(rows, texts)], args.format)
+    part.unlink()
+
+
+def command_winrate(args):
+    rows = read_rows(args.file)
+    if not args.reward:
+        c = count_preferences([row.get("preference") if isinstance(row, dict) else None for row in rows])
+        low, high = win_rate_interval(c["win_rate"], c["standard_error"])
+        print(f"output_2 wins {c['win_rate']:.2%} +-{c['standard_error']:.2%} (95 % interval {low:.1%} to {high:.1%}) of {c['n_total']}: "
+              f"{c['n_wins']} wins, {c['n_wins_base']} losses, {c['n_draws']} draws" + (f"; {c['left_out']} without a judgement left out" if c["left_out"] else ""))
+        return
+    device, dtype = device_and_dtype(args)
+    trunk = load_trunk(args.model, device, dtype) if args.model else None
+    reward_model = load_reward_model(args.reward, device, dtype, trunk)
+    tokenizer = Tokenizer(args.tokenizer or Path(args.reward) / "tokenizer.model")
+    first, second = judge_pairs(rows, args.file, reward_model, tokenizer, args.batch)
+    w = win_rate_with_error(second, first)
+    print(f"output_2 wins {w['value']:.2%} +-{w['se']:.2%} (95 % interval {w['low']:.1%} to {w['high']:.1%}) of {len(rows)}, judged by {args.reward}; "
+          f"mean scores {mean(first):+.3f} and {mean(second):+.3f}")
+
+
+def win_rate_interval(value, se):
+    """Normal 95 % interval, within 0 and 1."""
+    return max(0.0, value - 1.96 * se), min(1.0, value + 1.96 * se)
+
+
+def command_recover(args):
+    total, published = recover(args.base, args.diff, args.out, getattr(torch, args.dtype))
+    print(f"{args.out}: the weights sum to {total:.4f}; " + (f"published: {published:.4f}, they agree" if published is not None
+          else "the diff has no model_sum.txt, so this was not compared"))
 
 
 def command_table(args):
@@ -282,24 +501,68 @@ def command_table(args):
         print(report(folder))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+def add_decoding(p):
+    """Arguments of the commands that let a policy answer."""
+    p.add_argument("run", metavar="RUN", help="PPO run folder such as runs/toy/ppo, a model folder, or a PEFT folder")
+    p.add_argument("--adapter", help="an adapter on RUN: a PEFT folder, or the paper's released pytorch_model.bin")
+    p.add_argument("--alpha", type=float, help="alpha of --adapter, if its file does not say it (the paper's: 64)")
+    p.add_argument("--tokenizer", help="sentencepiece file (default: tokenizer.model of RUN)")
+    p.add_argument("--preset", choices=list(PRESETS), default="alpacafarm", help="; ".join(
+        f"{k}: temperature {v['temperature']}, {v['max_new_tokens']} tokens" for k, v in PRESETS.items()))
+    for name, kind in (("temperature", float), ("top_p", float), ("max_new_tokens", int)):
+        p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--batch", type=int, default=32, help="answers decoded at once (32)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def build_parser():
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    p = commands.add_parser("table", help="the table of finished runs", allow_abbrev=False)
+
+    def command(name, function, help):
+        p = commands.add_parser(name, help=help, allow_abbrev=False)
+        p.set_defaults(command=function)
+        return p
+
+    p = command("table", command_table, "the table of finished runs")
     p.add_argument("runs", nargs="+", metavar="RUN", help="PPO run folder, such as runs/toy/ppo")
-    p.set_defaults(command=command_table)
-    p = commands.add_parser("generate", help="answer instructions with a run's policy", allow_abbrev=False)
-    p.add_argument("run", metavar="RUN", help="PPO run folder, such as runs/toy/ppo")
+    p = command("generate", command_generate, "answer one instruction or a file of them")
+    add_decoding(p)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one instruction")
     source.add_argument("--input", help="JSON rows of instruction, input")
     p.add_argument("--output", help="write JSON rows of instruction, input, output (default: print)")
-    p.add_argument("--max_new_tokens", type=int, default=100)
-    p.add_argument("--temperature", type=float, default=0.7)
-    p.add_argument("--seed", type=int, default=0)
-    p.set_defaults(command=command_generate)
-    args = parser.parse_args(argv)
+    add_decoding(command("chat", command_chat, "answer instructions that you type"))
+    p = command("export", command_export, "answers in a judge's format, or the merged model as a Hugging Face folder")
+    add_decoding(p)
+    p.add_argument("--format", choices=("alpaca_eval", "alpacafarm", "factscore", "merged"), default="alpaca_eval")
+    p.add_argument("--input", help="JSON rows of instruction, input (alpacafarm: and output); factscore: names, one a line")
+    p.add_argument("--output", required=True, help="file, or for --format merged a folder")
+    p.add_argument("--generator", help="name of the model in alpaca_eval's rows (default: RUN's last part)")
+    p = command("winrate", command_winrate, "win rate of output_2 over output_1 in a file of annotations or pairs")
+    p.add_argument("file", metavar="FILE", help="alpaca_eval's or AlpacaFarm's annotations (preference); with --reward: pairs")
+    p.add_argument("--reward", help="reward model folder that judges the pairs, instead of the file's preferences")
+    p.add_argument("--model", help="the trunk of --reward, if that is an adapter")
+    p.add_argument("--tokenizer", help="sentencepiece file (default: tokenizer.model of --reward)")
+    p.add_argument("--batch", type=int, default=32, help="rows scored at once (32)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    p = command("recover", command_recover, "a tuned model from LLaMA and a released weight diff")
+    p.add_argument("base", metavar="LLAMA", help="folder of the model that the diff was made for")
+    p.add_argument("diff", metavar="DIFF", help="folder of the weight diff, such as alpaca-farm-sft10k-wdiff")
+    p.add_argument("out", metavar="OUT", help="folder to write")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the written weights")
+    return parser
+
+
+def main(argv=None):
     try:
+        args = build_parser().parse_args(argv)
         args.command(args)
     except (ValueError, OSError) as e:
         print(f"eval.py: error: {e}", file=sys.stderr)

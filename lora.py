@@ -25,7 +25,9 @@ Departures from the paper's code, and why:
 """
 import json
 import math
+import pickle
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ from torch import nn
 PEFT_NAMES = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
               "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 PEFT_PARENTS = {"attention": "self_attn", "feed_forward": "mlp"}
+OUR_NAMES = {v: k for k, v in PEFT_NAMES.items()}
 
 
 class LoRALinear(nn.Module):
@@ -197,7 +200,7 @@ def drop(modules, path, layer, name):
         setattr(modules[parent], child, layer.base)
 
 
-# ----------------------------------------------------------------------------------------------------- PEFT's files
+# ------------------------------------------------------------------------------------------- PEFT's and loralib's files
 
 def peft_key(path, matrix):
     """layers.0.attention.wq, lora_A -> base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"""
@@ -228,15 +231,19 @@ def targets_of(layers):
     return {path.split(".")[-1] for path, _ in layers}
 
 
+def read_json_file(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
+
+
 def read_adapter_config(folder):
     """adapter_config.json of a PEFT folder, checked: plain LoRA without bias, rank patterns or other variants."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: expected adapter_config.json and adapter_model.safetensors")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
+    config = read_json_file(path)
     plain = {"peft_type": ("LORA",), "bias": ("none", None), "fan_in_fan_out": (False, None)}
     unusual = [k for k, allowed in plain.items() if config.get(k) not in allowed]
     unusual += [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
@@ -247,39 +254,107 @@ def read_adapter_config(folder):
     absent = [k for k in ("r", "lora_alpha") if not isinstance(config.get(k), (int, float))]
     if absent:
         raise ValueError(f"{path}: expected a number in {absent[0]}, got {config.get(absent[0])!r}")
-    ours = {v: k for k, v in PEFT_NAMES.items()}
     modules = config.get("target_modules")
-    if not isinstance(modules, list) or not set(modules) <= set(ours):
-        raise ValueError(f"{path}: target_modules {modules} must be a list of names among {sorted(ours)}")
+    if not isinstance(modules, list) or not set(modules) <= set(OUR_NAMES):
+        raise ValueError(f"{path}: target_modules {modules} must be a list of names among {sorted(OUR_NAMES)}")
     return {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0),
-            "targets": tuple(sorted(ours[m] for m in modules))}
+            "targets": tuple(sorted(OUR_NAMES[m] for m in modules))}
 
 
-def load_lora(model, name, folder):
-    """Read a PEFT folder into the adapter `name`, which is added if the model does not have it.
+def read_tensors(path):
+    """Tensors of a .safetensors file or of a pickle of tensors; ValueError if the file cannot be read as such."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        raise ValueError(f"{path} cannot be read as tensors ({str(e).splitlines()[0] if str(e) else 'empty'})") from None
+
+
+def read_adapter(path, alpha=None, part="policy"):
+    """The adapter in a PEFT folder, or in a file of the paper's authors -> its config, and its tensors under PEFT's names.
+
+    The paper's released files (pytorch_model.bin: a loralib state dict) hold a policy and a value adapter and the value
+    head; `part` says which one is wanted. They do not say alpha, so it has to be given: 64 in the paper.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / "pytorch_model.bin").is_file() or (path / "adapter_config.json").is_file():
+        config = read_adapter_config(path)
+        files = [f for f in (path / "adapter_model.safetensors", path / "adapter_model.bin") if f.is_file()]
+        tensors = read_tensors(files[0] if files else path / "adapter_model.safetensors")
+        if alpha not in (None, config["alpha"]):
+            raise ValueError(f"{path} has alpha {config['alpha']}, got {alpha}")
+        return config, tensors
+    path = path / "pytorch_model.bin" if path.is_dir() else path
+    prefix = {"policy": "model.layers.", "value": "base_model.model.layers."}[part]
+    tensors = {f"base_model.model.{k.removeprefix('base_model.')}.weight": t.float() for k, t in read_tensors(path).items()
+               if k.startswith(prefix) and k.endswith(("lora_A", "lora_B"))}
+    if not tensors:
+        raise ValueError(f"{path} holds no {part} adapter: expected tensors {prefix}0.self_attn.q_proj.lora_A, ..")
+    if alpha is None:
+        raise ValueError(f"{path} does not say alpha (loralib does not store it): give it; the paper's is 64")
+    ranks = {t.shape[0] for k, t in tensors.items() if "lora_A" in k}
+    targets = {k.split(".")[-3] for k in tensors}
+    if len(ranks) != 1 or not targets <= set(OUR_NAMES):
+        raise ValueError(f"{path}: ranks {sorted(ranks)} of layers {sorted(targets)} are no plain LoRA adapter")
+    return {"r": ranks.pop(), "alpha": alpha, "dropout": 0.0, "targets": tuple(sorted(OUR_NAMES[t] for t in targets))}, tensors
+
+
+def load_lora(model, name, path, alpha=None, part="policy"):
+    """Read an adapter's file (see read_adapter) into the adapter `name`, which is added if the model does not have it.
 
     ValueError, naming what differs, if the file's r, alpha, targets or widths are not those of the adapter or model.
     """
-    folder, config = Path(folder), read_adapter_config(folder)
-    try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{folder}/adapter_model.safetensors cannot be read ({e})") from None
-    added = not lora_layers(model, name)
-    if added:
-        check_widths(model, tensors, config, folder)
+    config, tensors = read_adapter(path, alpha, part)
+    if not lora_layers(model, name):
+        check_widths(model, tensors, config, path)
         add_lora(model, name, config["r"], config["alpha"], config["dropout"], config["targets"])
     layers = lora_layers(model, name)
     have = {"r": layers[0][1].rank(name), "alpha": layers[0][1].alpha[name], "targets": tuple(sorted(targets_of(layers)))}
     for key, value in have.items():
         if config[key] != value:
-            raise ValueError(f"adapter {name}: {folder} has {key} {config[key]}, expected {value}")
+            raise ValueError(f"adapter {name}: {path} has {key} {config[key]}, expected {value}")
     places = {peft_key(path, matrix): getattr(layer, matrix)[name]
               for path, layer in layers for matrix in ("lora_A", "lora_B")}
-    check_tensors(places, tensors, folder)
+    check_tensors(places, tensors, path)
     with torch.no_grad():
         for key, p in places.items():
             p.copy_(tensors[key])
+
+
+def base_folder(path):
+    """The model folder that a PEFT folder was trained on, as its adapter_config.json names it - a path from here, or from
+    the PEFT folder or one above it; any other path itself."""
+    path = Path(path)
+    if not (path / "adapter_config.json").is_file():
+        return path
+    name = read_json_file(path / "adapter_config.json").get("base_model_name_or_path") or "(nothing)"
+    for folder in (above / name for above in (Path(), path, *path.absolute().parents)):
+        if (folder / "config.json").is_file() or (folder / "params.json").is_file():
+            return folder
+    raise FileNotFoundError(f"{path} is an adapter of {name}, which is no model folder here: write the folder's path into "
+                            "base_model_name_or_path of its adapter_config.json")
+
+
+def merged_readers(readers, folder):
+    """Readers of a checkpoint (our name -> function that reads the tensor) with an adapter added to what they read:
+    W + (alpha / r) B A in float32, one tensor at a time."""
+    config, tensors = read_adapter(folder)
+    tensors, merged, scaling = dict(tensors), dict(readers), config["alpha"] / config["r"]
+
+    def read(name, A, B):
+        weight = readers[name]().float()
+        if weight.shape != (B.shape[0], A.shape[1]):
+            raise ValueError(f"{folder} is {B.shape[0]} x {A.shape[1]} at {name}, the model {tuple(weight.shape)}: another model's")
+        return weight + B.float() @ A.float() * scaling
+
+    for name in readers:
+        keys = [peft_key(name.removesuffix(".weight"), matrix) for matrix in ("lora_A", "lora_B")]
+        if all(key in tensors for key in keys):
+            merged[name] = partial(read, name, *(tensors.pop(key) for key in keys))
+    if tensors:
+        raise ValueError(f"{folder}: tensor {min(tensors)} is not in this model")
+    return merged
 
 
 def check_widths(model, tensors, config, folder):

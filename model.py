@@ -26,6 +26,7 @@ import pickle
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -336,16 +337,18 @@ def eval_mode(model):
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=2, seed=0, banned_ids=(0, 1),
-             batch_size=None, row_ids=None, return_logprobs=False):
+             batch_size=None, row_ids=None, limits=None, return_logprobs=False):
     """Sample a continuation of each prompt; the EOS is included, a row that never draws it has max_new_tokens ids.
 
     prompts: list of non-empty id lists of any lengths. temperature 0 is greedy. Ids in banned_ids are never drawn.
     batch_size: rows decoded at once (None: all), nearest lengths together. row_ids: the key of each row's random
-    numbers (None: its index), so that a share of a batch draws what the whole batch would.
+    numbers (None: its index), so that a share of a batch draws what the whole batch would. limits: a smaller
+    max_new_tokens of each row's own.
     Returns a list of lists of ids, in the order of the prompts; with return_logprobs also the log-probability that the
     model (at temperature 1, the banned ids left out) gave to each of them, a list of lists of floats.
     """
-    check_generate(model, prompts, max_new_tokens, temperature, top_p)
+    limits = [max_new_tokens] * len(prompts) if limits is None else [min(n, max_new_tokens) for n in limits]
+    check_generate(model, prompts, limits, temperature, top_p)
     row_ids = range(len(prompts)) if row_ids is None else row_ids
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     size = batch_size or len(prompts)
@@ -355,39 +358,43 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
         for group in (order[i:i + size] for i in range(0, len(order), size)):
             u = torch.stack([uniforms(seed, row_ids[i], max_new_tokens) for i in group])
             pick = lambda logits, u: sample(logits, u, temperature, top_p)
-            ids, logps = decode(model, [prompts[i] for i in group], u, pick, eos_id, banned, return_logprobs)
+            ids, logps = decode(model, [prompts[i] for i in group], [limits[i] for i in group], u, pick, eos_id, banned,
+                                return_logprobs)
             for i, row, logp in zip(group, ids, logps):
+                row = row[:limits[i]]
                 responses[i] = row[:row.index(eos_id) + 1] if eos_id in row else row
                 logprobs[i] = logp[:len(responses[i])]
     return (responses, logprobs) if return_logprobs else responses
 
 
-def check_generate(model, prompts, max_new_tokens, temperature, top_p):
+def check_generate(model, prompts, limits, temperature, top_p):
     """Refuse what cannot be generated, in one line."""
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"got max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: "
+    if min(limits, default=1) < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"got max_new_tokens {min(limits, default=1)}, temperature {temperature}, top_p {top_p}: "
                          "expected at least 1, at least 0, and above 0 up to 1")
     if not all(prompts):
         raise ValueError("a prompt is empty: expected at least one id (BOS) in each")
-    longest = max(map(len, prompts), default=0)
-    if longest + max_new_tokens > model.config.max_seq_len:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+    prompt, new = max(((len(p), n) for p, n in zip(prompts, limits)), key=sum, default=(0, 0))
+    if prompt + new > model.config.max_seq_len:
+        raise ValueError(f"a prompt of {prompt} tokens and {new} new ones exceed the model's "
                          f"max_seq_len {model.config.max_seq_len}: shorten one of them")
     highest = max((max(p) for p in prompts), default=0)
     if highest >= model.config.vocab_size or min((min(p) for p in prompts), default=0) < 0:
         raise ValueError(f"prompt ids must lie in 0..{model.config.vocab_size - 1}, got {highest}: wrong tokenizer?")
 
 
-def decode(model, prompts, u, pick, eos_id, banned, with_logprobs):
-    """Decode one group of prompts together. u (B, max_new_tokens) uniforms; pick(logits, u) -> ids.
+def decode(model, prompts, limits, u, pick, eos_id, banned, with_logprobs):
+    """Decode one group of prompts together. limits: new ids per row; u (B, >= limits) uniforms; pick(logits, u) -> ids.
 
-    Rows that have drawn EOS leave the batch (looked for every 8 tokens, dropped once they are an eighth of it).
+    Rows that have drawn EOS or reached their limit leave the batch (looked for every 8 tokens, dropped once they are an
+    eighth of it).
     Returns ids and log-probabilities, lists of B rows, EOS (and 0.0) repeated after the end of a row.
     """
-    max_new, device = u.shape[1], model.device
+    max_new, device = max(limits), model.device
     u = u.to(device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     cache = KVCache(int(lengths.max()) + max_new)
+    limits = torch.tensor(limits, device=device)
     x = model.hidden(pad_right(prompts).to(device), cache)                       # (B, T, D)
     x = x[torch.arange(len(prompts), device=device), lengths - 1]                # (B, D), the last prompt token's
     cache.lengths, cache.used = lengths, int(lengths.max())
@@ -397,11 +404,11 @@ def decode(model, prompts, u, pick, eos_id, banned, with_logprobs):
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for t in range(max_new):
         logits = masked_logits(model.output, x, banned)                          # (B, V)
-        token = torch.where(done, eos_id, pick(logits, u[alive, t]))
+        token = torch.where(done, max(eos_id, 0), pick(logits, u[alive, t]))     # (a model may have no EOS: -1)
         out[alive, t] = token
         if with_logprobs:
             logprobs[alive, t] = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
-        done |= token == eos_id
+        done |= (token == eos_id) | (limits[alive] == t + 1)
         if t % 8 == 7:
             finished = int(done.sum())
             if finished == len(alive):
@@ -438,17 +445,21 @@ def our_name(name):
 def load_llama(path, device="cpu", dtype=torch.float32):
     """Read a model from a Hugging Face folder (config.json) or a Meta folder (params.json), told apart by their files.
 
-    Tensors are read one at a time and cast on the way. ValueError names what is missing, extra, of a wrong shape, or
-    not implemented here; FileNotFoundError if there is no model.
+    Tensors are read one at a time and cast on the way: the peak is the model in `dtype` and one tensor. ValueError names
+    what is missing, extra, of a wrong shape, or not implemented here; FileNotFoundError if there is no model.
     """
+    config, readers = open_checkpoint(path)
+    model = empty_llama(config, device, dtype)
+    fill(model, readers, path)
+    return model
+
+
+def open_checkpoint(path):
+    """LlamaConfig of a model folder, and a dictionary: our name -> function that reads that tensor from the file."""
     path = Path(path)
     if is_meta_folder(path):
-        config, tensors = meta_checkpoint(path)
-    else:
-        config, tensors = read_model_config(path), hf_tensors(path)
-    model = empty_llama(config, device, dtype)
-    fill(model, ((our_name(name), t) for name, t in tensors), path)
-    return model
+        return meta_checkpoint(path)
+    return read_model_config(path), {our_name(name): read for name, read in hf_tensors(path).items()}
 
 
 def is_meta_folder(path):
@@ -463,7 +474,7 @@ def is_meta_folder(path):
 def read_model_config(path):
     """LlamaConfig of a model folder, without reading its weights."""
     path = Path(path)
-    return meta_checkpoint(path)[0] if is_meta_folder(path) else hf_config(read_json(path / "config.json"), path)
+    return meta_config(path)[0] if is_meta_folder(path) else hf_config(read_json(path / "config.json"), path)
 
 
 def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):
@@ -477,7 +488,7 @@ def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):
 def read_text(path):
     """A UTF-8 file's text; a ValueError that names the file if it is something else."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")        # with or without a byte order mark
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from None
 
@@ -496,12 +507,16 @@ def hf_config(raw, path):
         raise ValueError(f"{path}/config.json holds a {type(raw).__name__}, expected the settings of a LLaMA")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    window = raw.get("sliding_window")
     refused = {"model_type": raw.get("model_type", "llama") != "llama", "rope_scaling": rope_type != "default",
-               "attention_bias": bool(raw.get("attention_bias")), "mlp_bias": bool(raw.get("mlp_bias")),
-               "hidden_act": raw.get("hidden_act", "silu") != "silu"}
-    if any(refused.values()):
-        what = next(k for k, v in refused.items() if v)
-        raise ValueError(f"{path}/config.json: {what} = {raw.get(what)} is not implemented here (plain LLaMA only)")
+               "attention_bias": raw.get("attention_bias"), "mlp_bias": raw.get("mlp_bias"),
+               "hidden_act": raw.get("hidden_act", "silu") != "silu",
+               "sliding_window": window and window < raw.get("max_position_embeddings", 2048),
+               "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1,
+               "quantization_config": raw.get("quantization_config")}
+    for what in (k for k, v in refused.items() if v):
+        got = (raw.get("rope_scaling") or rope) if what == "rope_scaling" else raw.get(what)
+        raise ValueError(f"{path}/config.json: {what} = {got} is not implemented here (plain LLaMA only)")
     try:
         return LlamaConfig(
             vocab_size=raw["vocab_size"], dim=raw["hidden_size"], n_layers=raw["num_hidden_layers"],
@@ -516,57 +531,94 @@ def hf_config(raw, path):
         raise ValueError(f"{path}/config.json has a setting of a wrong type ({e})") from None
 
 
-def hf_tensors(path):
-    """Yield (name, tensor) of model.safetensors, or of the shards that model.safetensors.index.json names."""
-    index = path / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def weight_files(path):
+    """The files of a Hugging Face folder that hold its weights, sought in transformers' order."""
+    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path} has no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        return [found]
+    index = read_json(found)
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{found}: expected a weight_map from tensors to files")
+    shards = sorted(set(index["weight_map"].values()))
     missing = [s for s in shards if not (path / s).is_file()]
     if missing:
-        raise FileNotFoundError(f"{path} has no {missing[0]}" + (f", which {index.name} names" if index.is_file() else ""))
-    for shard in shards:
-        try:
-            with safe_open(path / shard, framework="pt") as f:
-                for name in f.keys():
-                    yield name, f.get_tensor(name)
-        except SafetensorError as e:
-            raise ValueError(f"{path / shard} cannot be read ({e}): truncated?") from None
+        raise FileNotFoundError(f"{path} has no {missing[0]}, which {found.name} names")
+    return [path / s for s in shards]
 
 
-def meta_checkpoint(path):
-    """Meta's params.json and consolidated.*.pth -> LlamaConfig and an iterator of (our name, tensor).
+def hf_tensors(path):
+    """Hugging Face's name -> function that reads that tensor, for all weights of a folder."""
+    readers = {}
+    for file in weight_files(path):
+        if file.suffix == ".safetensors":
+            try:
+                f = safe_open(file, framework="pt")
+            except SafetensorError as e:
+                raise ValueError(f"{file} cannot be read ({e}): truncated?") from None
+            readers |= {name: partial(f.get_tensor, name) for name in f.keys()}
+        else:
+            readers |= {name: lambda tensor=tensor: tensor for name, tensor in read_pickle(file).items()}
+    return readers
 
-    Model-parallel shards are joined on the side that was split; rotary pairs go from interleaved to half-split.
-    """
+
+def read_pickle(path):
+    """A dictionary of tensors that torch.save wrote, memory-mapped where its format allows. A pickle can run code when
+    it is read: weights_only refuses everything but tensors."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError) as e:
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"{path} cannot be read as tensors ({why}): truncated, or it holds more than tensors") from None
+    if not isinstance(content, dict) or not all(torch.is_tensor(t) for t in content.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors, got a {type(content).__name__} of other things")
+    return content
+
+
+def meta_config(path):
+    """LlamaConfig of Meta's params.json, and the shards consolidated.*.pth: the widths that params.json leaves out are
+    those of the tensors."""
     files = sorted(path.glob("consolidated.*.pth"))
     if not files:
         raise FileNotFoundError(f"{path} has params.json but no consolidated.*.pth")
-    try:
-        shards = [torch.load(f, map_location="cpu", mmap=True, weights_only=True) for f in files]
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as e:
-        raise ValueError(f"{path}/consolidated.*.pth cannot be read ({str(e).splitlines()[0]})") from None
-    raw, first, n = read_json(path / "params.json"), shards[0], len(shards)
-    absent = [k for k in ("dim", "n_layers", "n_heads", "norm_eps") if k not in raw]
-    absent += [k for k in ("output.weight", "layers.0.feed_forward.w1.weight") if k not in first]
+    shards, raw = [read_pickle(f) for f in files], read_json(path / "params.json")
+    first, n = shards[0], len(shards)
+    wanted = ("output.weight", "layers.0.feed_forward.w1.weight", "layers.0.attention.wq.weight")
+    absent = [k for k in ("dim", "n_layers", "n_heads", "norm_eps") if k not in raw] + [k for k in wanted if k not in first]
     if absent or raw.get("use_scaled_rope"):
         raise ValueError(f"{path}: {absent[0]} is missing" if absent else f"{path}: use_scaled_rope is not implemented here")
-    config = LlamaConfig(
-        vocab_size=first["output.weight"].shape[0] * n, dim=raw["dim"], n_layers=raw["n_layers"], n_heads=raw["n_heads"],
-        n_kv_heads=raw.get("n_kv_heads"), ffn_dim=first["layers.0.feed_forward.w1.weight"].shape[0] * n,
-        norm_eps=raw["norm_eps"], rope_theta=raw.get("rope_theta", 10000.0), max_seq_len=raw.get("max_seq_len", 2048))
+    vocab_size, ffn_dim, rows = (first[k].shape[0] * n for k in wanted)
+    if rows != raw["dim"]:
+        raise ValueError(f"{path}: {n} files consolidated.*.pth hold {rows} rows of wq, params.json says {raw['dim']}: "
+                         "a shard is missing, or one is too many")
+    return LlamaConfig(
+        vocab_size=vocab_size, dim=raw["dim"], n_layers=raw["n_layers"], n_heads=raw["n_heads"],
+        n_kv_heads=raw.get("n_kv_heads"), ffn_dim=ffn_dim, norm_eps=raw["norm_eps"],
+        rope_theta=raw.get("rope_theta", 10000.0), max_seq_len=raw.get("max_seq_len", 2048)), shards
 
-    def tensors():
-        for name in first:
-            kind = name.split(".")[-2]
-            parts = [shard[name] for shard in shards]
-            if kind.endswith("norm") or kind == "rope":
-                tensor = parts[0]
-            else:
-                tensor = torch.cat(parts, dim=1 if kind in ("wo", "w2", "tok_embeddings") else 0)
-            if kind in ("wq", "wk"):
-                tensor = half_split(tensor, config.head_dim)
-            yield name, tensor
 
-    return config, tensors()
+def meta_checkpoint(path):
+    """Meta's params.json and consolidated.*.pth -> LlamaConfig, and our name -> function that reads that tensor.
+
+    Model-parallel shards are joined on the side that was split; rotary pairs go from interleaved to half-split.
+    """
+    config, shards = meta_config(path)
+
+    def read(name):
+        kind = name.split(".")[-2]
+        if kind.endswith("norm") or kind == "rope":
+            return shards[0][name]
+        try:
+            tensor = torch.cat([shard[name] for shard in shards], dim=1 if kind in ("wo", "w2", "tok_embeddings") else 0)
+        except (KeyError, RuntimeError):
+            raise ValueError(f"{path}: the shards' parts of {name} do not fit together") from None
+        return half_split(tensor, config.head_dim) if kind in ("wq", "wk") else tensor
+
+    return config, {name: partial(read, name) for name in shards[0]}
 
 
 def half_split(weight, head_dim):
@@ -576,26 +628,31 @@ def half_split(weight, head_dim):
 
 
 @torch.no_grad()
-def fill(module, tensors, path):
-    """Copy named tensors into the module's parameters; a ValueError names what is missing, extra or wrongly shaped."""
+def fill(module, readers, path):
+    """Put tensors (our name -> function that reads one) into the module's parameters, one at a time, cast on the way.
+
+    ValueError names what is missing, extra, of another shape, or no plain floating-point numbers.
+    """
     params = dict(module.named_parameters(remove_duplicate=False))
-    ignored = ("rotary_emb.inv_freq", "rope.freqs")
-    tied = {"output.weight", "tok_embeddings.weight"} if getattr(module, "config", None) and module.config.tie_embeddings else set()
-    seen = set()
-    for name, tensor in tensors:
-        if name.endswith(ignored):
-            continue
-        if name not in params:
-            raise ValueError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in this model")
-        if tensor.shape != params[name].shape:
-            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(params[name].shape)}")
-        params[name].copy_(tensor)
-        seen.add(name)
-    if seen & tied:
-        seen |= tied
-    missing = sorted(set(params) - seen)
+    readers = {name: read for name, read in readers.items() if not name.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
+    if getattr(module, "config", None) and module.config.tie_embeddings:      # one matrix under two names: one is enough
+        for name, other in (("output.weight", "tok_embeddings.weight"), ("tok_embeddings.weight", "output.weight")):
+            if other in readers and name in params:
+                readers.pop(name, None)
+                params.pop(name)
+                break
+    for name in sorted(set(readers) - set(params))[:1]:
+        raise ValueError(f"{path}: tensor {name} {tuple(readers[name]().shape)} has no place in this model")
+    missing = sorted(set(params) - set(readers))
     if missing:
         raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    for name, read in readers.items():
+        tensor = read()
+        if tensor.shape != params[name].shape:
+            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(params[name].shape)}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}: quantised weights are not implemented here")
+        params[name].copy_(tensor)
 
 
 def hf_config_json(config, dtype):
@@ -635,6 +692,26 @@ def save_weights(tensors, path):
     """A safetensors file under a temporary name, then renamed: nobody ever sees half of it."""
     save_file(tensors, f"{path}.tmp", metadata={"format": "pt"})
     os.replace(f"{path}.tmp", path)
+
+
+def save_shards(tensors, folder, shard_bytes=2 << 30):
+    """Write (name, tensor) pairs, in the order in which they come, as safetensors shards with their index."""
+    folder, weight_map, shard = Path(folder), {}, {}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write():
+        file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+        save_weights(shard, folder / file)
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, tensor in tensors:
+        shard[name] = tensor.contiguous()
+        if sum(t.numel() * t.element_size() for t in shard.values()) >= shard_bytes:
+            write()
+    if shard:
+        write()
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def fingerprint(model):

@@ -11,22 +11,26 @@ RLHF needs four models. Two frozen trunks, or one, are enough, since each model 
 Legend   B batch, T tokens, R response tokens, D width, N response tokens of a batch laid end to end
 
 Departures from the paper's code: heads are float32; the reward model reads the ids that were sampled, at the last real
-token, never re-tokenised text; whether that token is the EOS is written in the model's config (`score_eos`).
+token, never re-tokenised text; whether that token is the EOS is written in the model's config (`score_eos`). AlpacaFarm's
+released reward model has seen text without EOS, so a final EOS is left out for it.
 """
+import math
+import shutil
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from data import length_mask, pack, response_states, response_tokens
-from lora import adapter, add_lora, copy_lora, load_lora, lora_layers, merge_lora, save_lora, targets_of
-from model import (ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config, hf_config_json, hf_name, hf_tensors,
-                   load_llama, our_name, read_json, response_logprobs, save_llama, save_weights, write_json)
+from lora import (adapter, add_lora, base_folder, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
+                  merged_readers, read_tensors, save_lora, targets_of)
+from model import (Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config, hf_config_json, hf_name,
+                   hf_tensors, load_llama, open_checkpoint, our_name, read_json, read_model_config, response_logprobs,
+                   save_llama, save_shards, save_weights, write_json)
 from ppo import Rollout, join_rollouts
 from regularizers import exact
 
@@ -174,6 +178,15 @@ def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
 
 # ------------------------------------------------------------------------------------------------- the four models
 
+def load_trunk(path, device="cpu", dtype=torch.float32):
+    """A model from its folder (load_llama); or, from an adapter's folder, the model that it was trained on with the adapter
+    merged in, tensor by tensor, in float32: such an SFT model is then an ordinary one, and PPO's reference."""
+    config, readers = open_checkpoint(base_folder(path))
+    model = empty_llama(config, device, dtype)
+    fill(model, merged_readers(readers, path) if is_adapter(path) else readers, path)
+    return model
+
+
 def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, alpha=64.0, dropout=0.0):
     """The four models of PPO on one or two trunks, ready to train. -> ActorCritic (reference included), RewardModel.
 
@@ -183,13 +196,13 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
     rank 0 trains all weights of policy and critic instead, kept in float32 and computed in `dtype`; so is the frozen
     copy that is the reference, or KL would not be exactly 0 at the start.
     """
-    policy = load_llama(model_path, device, dtype if rank else torch.float32).requires_grad_(False)
+    policy = load_trunk(model_path, device, dtype if rank else torch.float32).requires_grad_(False)
     reward_model = load_reward_model(reward_path, device, dtype, trunk=policy).requires_grad_(False)
     banned_mask = ban_mask(policy.config.vocab_size, banned_ids, device)
     if rank == 0:
         reward_model.autocast_dtype = dtype
         critic = load_critic(model_path, reward_path, device).requires_grad_(True)
-        return ActorCritic(load_llama(model_path, device), None, critic, None, banned_mask, policy, dtype), reward_model
+        return ActorCritic(load_trunk(model_path, device), None, critic, None, banned_mask, policy, dtype), reward_model
     critic = reward_model.trunk
     add_lora(policy, "policy", rank, alpha, dropout)
     if critic is policy:                                    # one trunk: the value adapter starts as the reward adapter
@@ -204,7 +217,7 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
 
 def load_critic(model_path, reward_path, device):
     """A trunk in float32 that computes what the reward model computes, its adapter (if it is one) merged."""
-    trunk = load_llama(model_path, device) if is_adapter(reward_path) else None
+    trunk = load_trunk(model_path, device) if is_adapter(reward_path) else None
     model = load_reward_model(reward_path, device, trunk=trunk)
     if model.adapter_name:
         merge_lora(model.trunk, model.adapter_name)
@@ -226,6 +239,53 @@ def load_policy(net, folder):
         load_lora(net.policy, net.policy_adapter, folder)
     else:
         net.policy.load_state_dict(load_llama(folder, net.policy.device).state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------ memory ahead
+
+def count_parameters(config, lm_head=True, rank=0):
+    """(parameters of a LLaMA, parameters of one adapter of this rank on it), counted on tensors without storage."""
+    with torch.device("meta"):
+        model = Llama(config, lm_head)
+    total = sum(p.numel() for p in model.parameters())
+    if rank:
+        add_lora(model, "one", rank, 1.0)
+    return total, sum(p.numel() for p in lora_parameters(model, "one"))
+
+
+def saved_bytes(config, size, full=False):
+    """Bytes that one token in one layer keeps for the backward pass, read off model.Block, at `size` bytes per number: the
+    norms keep their input in float32, the adapters of wq, wk, wv and wo theirs, attention q, k, v and its output, SwiGLU
+    three rows of width F; training all weights adds the inputs of w1 and w3, of w2, and the normed rows."""
+    c, heads, kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    kept = 2 * 4 * c.dim + size * (c.dim + 3 * heads + 2 * kv + 3 * c.ffn_dim)
+    return kept + full * size * (3 * c.dim + c.ffn_dim)
+
+
+def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, checkpointing, response_tokens):
+    """Bytes of one process that trains: weights, what the optimiser keeps, activations, logits. -> {item: bytes}
+
+    tokens: of one micro-batch, padding included; response_tokens: those of them that need logits. frozen: per frozen
+    trunk (whether it has an output matrix, its dtype); trained: per trunk of which all weights train, whether it has an
+    output matrix; adapters: how many of this rank train instead.
+    """
+    size, full = dtype.itemsize, not adapters
+    one_adapter = count_parameters(config, rank=rank)[1]
+    weights = sum(count_parameters(config, lm_head)[0] * kept_in.itemsize for lm_head, kept_in in frozen)
+    numbers = adapters * one_adapter + sum(count_parameters(config, lm_head)[0] for lm_head in trained)
+    graphs = adapters or len(trained)                                     # forward passes whose graphs live at once
+    layer, width = saved_bytes(config, size, full), config.dim * size
+    kept = graphs * config.n_layers * (width if checkpointing else layer) + checkpointing * layer
+    chunk = min(response_tokens * config.vocab_size, 1 << 24)
+    return {"frozen weights": weights, "trained weights, gradients, Adam": numbers * 16,
+            "copies for autocast": numbers * size if full and size < 4 else 0,
+            "activations of a micro-batch": tokens * (kept + 4 * config.ffn_dim * size),
+            "logits, in chunks": chunk * (4 * 4 + size)}
+
+
+def kv_cache_bytes(config, dtype, rows, slots):
+    """Keys and values of all layers for `rows` sequences of up to `slots` tokens."""
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * rows * slots * dtype.itemsize
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -256,7 +316,8 @@ def is_adapter(path):
 
 
 def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None, adapter_name="reward"):
-    """Read what save_reward_model wrote: a full model, or an adapter, which joins `trunk` under `adapter_name`.
+    """Read a full reward model - one that save_reward_model wrote, or AlpacaFarm's - or an adapter, which joins `trunk`
+    under `adapter_name`.
 
     ValueError if the adapter was trained on another trunk (by fingerprint), or if a tensor is missing, extra or of
     another shape.
@@ -269,10 +330,37 @@ def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None, adapt
         raise ValueError(f"{path}/config.json holds a {type(about).__name__}, expected the settings of a reward model")
     if is_adapter(path):
         return load_reward_adapter(path, about, trunk, adapter_name)
-    config = hf_config(about, path)
+    readers = {reward_name(k): read for k, read in hf_tensors(path).items() if "lm_head" not in k}
+    config = backbone_config(path, about, readers, trunk) if about.get("model_type") == "reward_model" else hf_config(about, path)
     model = RewardModel(empty_llama(config, device, dtype, lm_head=False), score_eos=about.get("score_eos", False))
-    fill(model, ((reward_name(k), t) for k, t in hf_tensors(path) if "lm_head" not in k), path)
+    fill(model, readers, path)
     return model
+
+
+def backbone_config(path, about, readers, policy=None):
+    """LlamaConfig of AlpacaFarm's reward model, whose config.json only names the folder of its backbone.
+
+    From that folder, if it is here; else from the policy, if its sizes fit; else from the tensors, which tell neither the
+    head width (LLaMA's 128, unless the file has rotary frequencies) nor norm_eps (LLaMA 1's 1e-6). The vocabulary is
+    the tensors': AlpacaFarm added a [PAD].
+    """
+    shape = lambda name: readers[f"trunk.{name}"]().shape
+    try:
+        (vocab_size, dim), ffn_dim = shape("tok_embeddings.weight"), shape("layers.0.feed_forward.w1.weight")[0]
+        kv_width, n_layers = shape("layers.0.attention.wk.weight")[0], sum("attention.wq" in name for name in readers)
+    except KeyError as e:
+        raise ValueError(f"{path}: tensor {e} is missing: is this a reward model on a LLaMA?") from None
+    backbone = Path(about.get("backbone_model_name_or_path") or "-")
+    if (backbone / "config.json").is_file() or (backbone / "params.json").is_file():
+        return replace(read_model_config(backbone), vocab_size=vocab_size, tie_embeddings=False)
+    like = policy and policy.config
+    if like and (like.dim, like.n_layers, like.ffn_dim, like.n_kv_heads * like.head_dim) == (dim, n_layers, ffn_dim, kv_width):
+        return replace(like, vocab_size=vocab_size, tie_embeddings=False)
+    frequencies = next((len(read()) for name, read in readers.items() if name.endswith("rotary_emb.inv_freq")), 64)
+    head_dim = 2 * frequencies
+    if dim % head_dim or kv_width % head_dim:
+        raise ValueError(f"{path}/config.json does not say the head width: put the backbone's folder into its backbone_model_name_or_path")
+    return LlamaConfig(vocab_size, dim, n_layers, dim // head_dim, kv_width // head_dim, ffn_dim, head_dim=head_dim)
 
 
 def load_reward_adapter(path, about, trunk, adapter_name):
@@ -284,11 +372,8 @@ def load_reward_adapter(path, about, trunk, adapter_name):
                          f"{about.get('trunk_fingerprint')}, this one has {fingerprint(trunk)})")
     load_lora(trunk, adapter_name, path)
     model = RewardModel(trunk, adapter_name, about.get("score_eos", True))
-    try:
-        head = load_file(path / "reward_head.safetensors")
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}/reward_head.safetensors cannot be read ({e})") from None
-    fill(model.head, ((k.removeprefix("reward_head."), t) for k, t in head.items()), path)
+    head = read_tensors(path / "reward_head.safetensors")
+    fill(model.head, {k.removeprefix("reward_head."): lambda t=t: t for k, t in head.items()}, path)
     return model
 
 
@@ -297,3 +382,75 @@ def reward_name(name):
     if name.startswith("backbone_model."):
         return "trunk." + our_name(name.removeprefix("backbone_model."))
     return name.replace("reward_head.", "head.")
+
+
+def load_paper_adapters(net, path, alpha=64.0):
+    """Put the paper's released weights (a loralib state dict; alpha is not in it) into policy, critic and value head."""
+    path = Path(path) / "pytorch_model.bin" if Path(path).is_dir() else Path(path)
+    load_lora(net.policy, net.policy_adapter, path, alpha)
+    load_lora(net.critic, net.value_adapter, path, alpha, part="value")
+    tensors = read_tensors(path)
+    head = {"weight": tensors.get("value_head"), "bias": tensors.get("value_head_bias")}
+    fill(net.value_head, {k: lambda t=t: t for k, t in head.items() if t is not None}, path)
+
+
+# ------------------------------------------------------------------------------------------------------ weight diffs
+
+def recover(base, diff, out, dtype=torch.float32):
+    """Tuned model = base + released weight diff (AlpacaFarm's sft10k, reward-model-human, ..), written to the folder `out`.
+
+    The sum of all weights is compared with the diff's model_sum.txt, as AlpacaFarm does (relative 1e-5). Its sums were
+    taken when transformers still counted the rotary frequencies as weights: with them or without, one has to fit.
+    One tensor at a time; config.json comes last: without it nothing reads the folder. ValueError if the diff belongs to
+    another model, or the sum is another one. Returns the sum, and the published one (None: there is no model_sum.txt).
+    """
+    base, diff, out = Path(base), Path(diff), Path(out)
+    (config, base_readers), diff_readers, sums = open_checkpoint(base), hf_tensors(diff), []
+    rotary = [name for name in diff_readers if name.endswith("rotary_emb.inv_freq")]
+    diff_readers = {name: read for name, read in diff_readers.items() if name not in rotary}
+    check_same_model(base_readers, diff_readers, diff)
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} holds a model already: choose another folder")
+
+    def recovered():
+        for name, read in diff_readers.items():
+            tensor, ours = read().float(), our_name(name.removeprefix("backbone_model."))
+            if ours in base_readers:       # (a reward head is whole)
+                tensor = tensor + with_mean_rows(base_readers[ours]().float(), tensor, name, diff)
+            sums.append(tensor.double().sum().item())
+            yield name, tensor.to(dtype)
+
+    save_shards(recovered(), out)
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
+    total, published = sum(sums), diff / "model_sum.txt"
+    published = float(published.read_text()) if published.is_file() else None
+    possible = total, total + len(rotary) * frequencies.sum().item()
+    if published is not None and not any(math.isclose(s, published, rel_tol=1e-5) for s in possible):
+        raise ValueError(f"the recovered weights sum to {total:.4f}, {diff}/model_sum.txt says {published:.4f}: {base} is not the "
+                         f"model that this diff was made for; {out} is not usable")
+    tokenizer = next((f / "tokenizer.model" for f in (diff, base) if (f / "tokenizer.model").is_file()), None)
+    if tokenizer:
+        shutil.copy(tokenizer, out / "tokenizer.model")
+    vocab_size = next(len(read()) for name, read in diff_readers.items() if name.endswith("embed_tokens.weight"))
+    reward = {"architectures": ["LlamaRewardModel"], "score_eos": False} if "reward_head.weight" in diff_readers else {}
+    write_json(out / "config.json", hf_config_json(replace(config, vocab_size=vocab_size), dtype) | reward)
+    return total, published
+
+
+def check_same_model(base_readers, diff_readers, diff):
+    """Names of a diff against those of the base, before anything is computed."""
+    ours = {our_name(name.removeprefix("backbone_model.")) for name in diff_readers}
+    ignored = ("rotary_emb.inv_freq", "rope.freqs", "reward_head.weight", "reward_head.bias")
+    odd = sorted(name for name in ours ^ set(base_readers) if not name.endswith(ignored))
+    if odd:
+        raise ValueError(f"{diff} is a diff for another model: {odd[0]} is in only one of them")
+
+
+def with_mean_rows(weight, like, name, diff):
+    """A weight of the base; its vocabulary extended by the mean row to the rows of `like` (AlpacaFarm's [PAD])."""
+    extra = len(like) - len(weight)
+    if extra > 0 and name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(extra, -1)])
+    if weight.shape != like.shape:
+        raise ValueError(f"{diff} is a diff for another model: {name} has shape {tuple(like.shape)}, the base {tuple(weight.shape)}")
+    return weight

@@ -39,12 +39,13 @@ from torch.nn.parallel import DistributedDataParallel
 from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows, load_preferences, load_prompts, load_sft, pack,
                   permutation, split_by_instruction)
 from eval import accuracy_report, check_rows, evaluate, load_run, pair_accuracy, report, score_pairs, summarise
-from lora import add_lora, lora_parameters, merge_lora
-from model import Llama, LlamaConfig, generate, keyed_seed, load_llama, read_json, read_model_config, save_llama, write_json
+from lora import add_lora, base_folder, lora_parameters, merge_lora
+from model import Llama, LlamaConfig, generate, keyed_seed, read_json, read_model_config, save_llama, write_json
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards, value_loss,
                  whiten)
 from regularizers import EXACT, SAMPLED, sampled
-from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, save_policy, save_reward_model)
+from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, count_parameters, kv_cache_bytes,
+                    load_trunk, save_policy, save_reward_model, training_memory)
 
 STAGES = ("sft", "reward", "ppo")
 HERE = os.path.relpath(Path(__file__).resolve().parent)
@@ -127,6 +128,7 @@ class Config:
     eval_every: int = knob(0, "PPO steps between evaluations (0: only at the end)", low=0)
     eval_drop_long: bool = knob(False, "leave out evaluation rows that do not fit the model (default: refuse them)")
     eval_temperature: float = knob(0.7, "temperature of the evaluation's answers", low=0)
+    dry_run: bool = knob(False, "check all inputs, print sizes, memory per process and steps, and stop; needs no weights")
 
     def __post_init__(self):
         for f in fields(self):
@@ -516,6 +518,12 @@ def count(module):
     return f"{n:,} of {total:,} parameters are trained ({100 * n / total:.3f} %)"
 
 
+def supervised_steps(cfg, stage, n):
+    """Optimiser steps of the sft or reward stage with n rows."""
+    get = lambda name: getattr(cfg, f"{stage}_{name}")
+    return get("steps") or max(1, round(get("epochs") * n / get("batch")))
+
+
 def supervised(run, module, items, length, weight, loss_of, stopper):
     """The loop of the sft and reward stages: AdamW, cosine schedule, true accumulation. -> (steps, seconds).
 
@@ -524,7 +532,7 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
     """
     cfg, device, parameters = run.cfg, next(module.parameters()).device, trainable(module)
     get = lambda name: getattr(cfg, f"{run.stage}_{name}")
-    steps = get("steps") or max(1, round(get("epochs") * len(items) / get("batch")))
+    steps = supervised_steps(cfg, run.stage, len(items))
     optimizer = torch.optim.AdamW(parameters, lr=get("lr"), betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
     lengths = [length(item) for item in items]
     batches = even_batch_indices if run.stage == "reward" else lambda lengths, *args: batch_indices(len(lengths), *args)
@@ -574,7 +582,7 @@ def sft(run, inputs, device, stopper):
     full = cfg.sft_lora_rank == 0
     torch.manual_seed(cfg.seed)
     with mistakes_in_one_line():
-        model = load_llama(cfg.model, device, torch.float32 if full else dtype) if cfg.model else Llama(TOY_MODEL).to(device)
+        model = load_trunk(cfg.model, device, torch.float32 if full else dtype) if cfg.model else Llama(TOY_MODEL).to(device)
     if not full:
         add_lora(model, "sft", cfg.sft_lora_rank, cfg.sft_lora_alpha, cfg.sft_lora_dropout)
     model.checkpoint_activations = cfg.checkpoint_activations
@@ -603,7 +611,7 @@ def reward(run, inputs, device, stopper):
     full = cfg.reward_lora_rank == 0
     torch.manual_seed(cfg.seed)
     with mistakes_in_one_line():
-        trunk = load_llama(cfg.input_model("reward"), device, torch.float32 if full else dtype)
+        trunk = load_trunk(cfg.input_model("reward"), device, torch.float32 if full else dtype)
     if full:
         trunk.output = None
     else:
@@ -873,8 +881,9 @@ class Inputs:
 
 def load_inputs(cfg, stages):
     """Read and check the files of these stages; say what was cut or dropped."""
-    model_config = read_model_config(cfg.model) if cfg.model else TOY_MODEL
-    tokenizer = Tokenizer(cfg.tokenizer or Path(cfg.model) / "tokenizer.model")
+    model_config = read_model_config(base_folder(cfg.model)) if cfg.model else TOY_MODEL
+    tokenizer = Tokenizer(cfg.tokenizer or next((p for p in (Path(cfg.model) / "tokenizer.model",) if p.is_file()),
+                                                base_folder(cfg.model) / "tokenizer.model"))
     tokenizer.check_fits(model_config.vocab_size, cfg.model or "the toy model")
     found = {"tokenizer": tokenizer, "banned_ids": tokenizer.banned_ids(model_config.vocab_size)}
     need = lambda name: getattr(cfg, name) or missing_setting(cfg, name)
@@ -884,6 +893,7 @@ def load_inputs(cfg, stages):
     if "sft" in stages:
         found["examples"], cut = load_sft(need("sft_data"), tokenizer, cfg.max_len)
         note(cut, f"demonstrations are longer than --max_len {cfg.max_len} and lose their tail")
+        note(sum(len(e.response) == 1 for e in found["examples"]), "demonstrations have an empty output: they teach to say nothing")
     if "reward" in stages:
         pairs, cut = load_preferences(need("preference_data"), tokenizer, cfg.max_len)
         note(cut, f"pairs have an answer beyond --max_len {cfg.max_len} that loses its tail")
@@ -960,6 +970,58 @@ def plan(cfg):
     return runs, todo, redo, evaluating
 
 
+def dry_run(cfg, inputs, stages):
+    """Sizes, memory of one process by item, and steps of each stage, from the configs alone (reward.training_memory)."""
+    config = read_model_config(base_folder(cfg.model)) if cfg.model else TOY_MODEL
+    dtype, total = cfg.trunk_dtype("cuda" if torch.cuda.is_available() else "cpu"), count_parameters(config)[0]
+    say(f"dry run: {world_size()} process{'es' * (world_size() > 1)}, frozen weights in {dtype}, {total:,} parameters in the model\n")
+    rows = {"sft": inputs.examples, "reward": inputs.pairs, "ppo": inputs.prompts}
+    for stage in stages:
+        get = lambda name: getattr(cfg, name if stage == "ppo" else f"{stage}_{name}")
+        steps = cfg.steps if stage == "ppo" else supervised_steps(cfg, stage, len(rows[stage]))
+        rank, batch = get("lora_rank"), cfg.rollout_batch if stage == "ppo" else get("batch")
+        say(f"{stage}: {steps} steps of {batch} from {len(rows[stage])} rows ({steps * batch / len(rows[stage]):.1f} passes)"
+            + (f", {cfg.ppo_epochs * cfg.rollout_batch // cfg.minibatch} optimiser steps each" if stage == "ppo" else ""))
+        for layout, trained, memory in layouts(cfg, stage, config, dtype, rank):
+            say(f"  {layout}: {trained:,} parameters are trained ({100 * trained / total:.3f} % of the model's)")
+            for item, n in memory.items():
+                say(f"    {item:44}{n / 1e9:10.3f} GB")
+            say(f"    {'at most at one time':44}{peak(memory) / 1e9:10.3f} GB\n")
+    say("Micro-batches are taken to be full of rows of the greatest length, the reward model to be as large as the model; what a\n"
+        "GPU needs for itself (about 0.5 GB) comes on top.")
+
+
+def layouts(cfg, stage, config, dtype, rank):
+    """The ways to hold a stage's models: (name, trained parameters, memory by item); for PPO both, whatever --reward is."""
+    adapter = count_parameters(config, rank=rank)[1]
+    length = cfg.prompt_len + cfg.response_len if stage == "ppo" else cfg.max_len
+    tokens = cfg.micro_batch * length * (2 if stage == "reward" else 1)
+    respond = {"sft": cfg.micro_batch * cfg.max_len, "reward": 0, "ppo": cfg.micro_batch * cfg.response_len}[stage]
+    memory = lambda frozen, trained, adapters: training_memory(
+        config, dtype, tokens, rank, frozen, trained, adapters, cfg.checkpoint_activations, respond)
+    if stage != "ppo":
+        lm_head = stage == "sft" or bool(rank)
+        trained = adapter if rank else count_parameters(config, lm_head)[0]
+        yield "LoRA" if rank else "all weights", trained, memory([(lm_head, dtype)] if rank else [], [] if rank else [lm_head], int(bool(rank)))
+        return
+    rows = min(cfg.generate_batch or cfg.rollout_batch, cfg.rollout_batch // world_size())
+    cache = {"KV cache while sampling": kv_cache_bytes(config, dtype, rows, length),
+             "logits while sampling": rows * config.vocab_size * 4 * 4}
+    both = [("one trunk", [(True, dtype)]), ("two trunks", [(True, dtype), (False, dtype)])]
+    for name, frozen in both if rank else []:
+        yield name, 2 * adapter + config.dim + 1, memory(frozen, [], 2) | cache
+    if not rank:
+        full = sum(count_parameters(config, lm_head)[0] for lm_head in (True, False)) + config.dim + 1
+        yield "all weights", full, memory([(True, torch.float32), (False, dtype)], [True, False], 0) | cache
+
+
+def peak(memory):
+    """Sampling and updating alternate: what is held all the time, and the larger of the two."""
+    sampling = sum(n for item, n in memory.items() if "sampling" in item)
+    updating = sum(n for item, n in memory.items() if item.startswith(("activations", "logits,")))
+    return sum(memory.values()) - min(sampling, updating)
+
+
 def main(argv=None):
     started = time.time()
     with mistakes_in_one_line():
@@ -967,12 +1029,16 @@ def main(argv=None):
         runs, todo, redo, evaluating = plan(cfg)
         inputs = load_inputs(cfg, todo + ["eval"] * evaluating) if todo or evaluating else None
         check_processes(cfg, todo)
+        if cfg.dry_run:
+            return dry_run(cfg, inputs, todo)
         device = start_processes()
     if is_main():
         for s in redo:
             if s in runs:
                 runs[s].set_aside()
     dist.barrier()
+    if todo and cfg.model and base_folder(cfg.model) != Path(cfg.model):
+        say(f"{cfg.model} is an adapter: it is merged into {base_folder(cfg.model)} first, so the reference is that SFT model")
     stopper = Stopper()
     try:
         for stage, run in runs.items():

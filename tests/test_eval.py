@@ -1,6 +1,7 @@
 """Statistics of the evaluation, by hand and by simulation; and that a finished run can be read back."""
 import json
 import random
+import shutil
 import sys
 
 import pytest
@@ -89,10 +90,145 @@ def test_generate_answers_a_prompt_and_a_file(tiny, tmp_path, one_process, capsy
     assert [r["instruction"] for r in json.loads((tmp_path / "out.json").read_text())] == ["One?", "Two?"]
 
 
-@pytest.mark.parametrize("argv, message", [(["table", "nowhere"], "no eval.json"), (["generate", "nowhere", "--prompt", "x"], "no finished PPO run")])
+@pytest.mark.parametrize("argv, message", [(["table", "nowhere"], "no eval.json"), (["generate", "nowhere", "--prompt", "x"], "no tokenizer"),
+                                           (["generate", "x"], "required"), (["export", "x", "--outputs", "y"], "--output"),
+                                           (["winrate", "nowhere.json"], "no data file at nowhere.json"), (["recover", "a", "b", "c"], "holds no model")])
 def test_a_missing_run_is_one_line(argv, message, capsys):
     """Status 2 and what was expected there."""
     with pytest.raises(SystemExit) as stop:
         evaluation.main(argv)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------ exports and judges' files
+
+def small_run(tiny, folder, device):
+    cfg = train.parse(ppo_flags(tiny, folder, steps=1))
+    train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), device, train.Stopper())
+    return str(folder)
+
+
+ROWS = [{"instruction": "Who is  it?\n", "input": "", "output": "Me."},
+        {"instruction": "Translate \u00abÄ\u00bb \u2028 \0.", "input": "Grün\n\nGelb", "output": "Green."},
+        {"instruction": "Who is  it?\n", "output": "You."}]
+
+
+def export(run, folder, *flags, rows=ROWS):
+    (folder / "rows.json").write_text(json.dumps(rows))
+    evaluation.main(["export", run, "--input", str(folder / "rows.json"), "--output", str(folder / "out.json"), "--max_new_tokens=4", *flags])
+    return json.loads((folder / "out.json").read_text(encoding="utf-8"))
+
+
+def test_exports_have_the_judges_keys_and_the_exact_instructions_in_order(tiny, tmp_path):
+    """CHECKS 38. Judges join rows by the instruction's text, so each character of it counts, and doubles stay."""
+    run = str(shutil.copytree(tiny / "sft", tmp_path / "run"))             # a model folder will do; of more positions, for the input
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    rows = export(run, tmp_path, "--format=alpaca_eval", "--generator=ours")
+    assert [list(r) for r in rows] == [["instruction", "output", "generator"]] * 3
+    assert [r["instruction"] for r in rows] == ["Who is  it?\n", "Translate «Ä» \u2028 \0.\n\nGrün\n\nGelb", "Who is  it?\n"]
+    assert {r["generator"] for r in rows} == {"ours"}
+    pairs = export(run, tmp_path, "--format=alpacafarm")
+    assert [list(r) for r in pairs] == [["instruction", "input", "output_1", "output_2"]] * 3
+    assert [r["output_1"] for r in pairs] == ["Me.", "Green.", "You."] and pairs[1]["input"] == "Grün\n\nGelb"
+    assert [r["output_2"] for r in pairs] == [r["output"] for r in rows]        # the format does not change the answers
+    (tmp_path / "names.txt").write_text("Ada Lövelace\n\nAlan Turing\n", encoding="utf-8")
+    evaluation.main(["export", run, "--format=factscore", "--input", str(tmp_path / "names.txt"), "--output", str(tmp_path / "bios.jsonl"), "--max_new_tokens=4"])
+    bios = [json.loads(line) for line in (tmp_path / "bios.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [list(b) for b in bios] == [["topic", "output"]] * 2 and [b["topic"] for b in bios] == ["Ada Lövelace", "Alan Turing"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bios.jsonl", "names.txt", "out.json", "rows.json", "run"]
+
+
+def test_an_interrupted_export_continues_and_ends_the_same(tiny, tmp_path, one_process, monkeypatch):
+    """805 answers of 7B take an hour. What stands is not decoded again, half a line is, and the result is that of one go."""
+    run, rows = small_run(tiny, tmp_path / "run", one_process), [{"instruction": f"Question {i}?"} for i in range(10)]
+    whole = export(run, tmp_path, "--batch=3", rows=rows)
+    real, calls = evaluation.answer, []
+
+    def failing(*args, **kwargs):
+        calls.append(kwargs["row_ids"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "answer", failing)
+    with pytest.raises(KeyboardInterrupt):
+        export(run, tmp_path, "--batch=3", rows=rows)
+    part = tmp_path / "out.json.part"
+    part.write_text(part.read_text() + '"half an ans')
+    with pytest.raises(SystemExit):
+        export(run, tmp_path, "--batch=3", "--temperature=0", rows=rows)          # other settings do not go on behind these
+    assert export(run, tmp_path, "--batch=5", rows=rows) == whole
+    assert [list(c) for c in calls] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8, 9]] and not part.exists()
+
+
+def test_presets_decode_as_their_papers_do(tiny, tmp_path, one_process, monkeypatch):
+    """alpacafarm: 0.7, 300 tokens; alpacaeval: 0.7, top-p 1, 2048; paper: greedy, 512. A row's answer ends where the model's
+    positions do: the tiny one has 128."""
+    run, seen = small_run(tiny, tmp_path / "run", one_process), []
+    real = evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: seen.append(k) or real(*a, **k))
+    for preset in ("alpacafarm", "alpacaeval", "paper"):
+        export(run, tmp_path, f"--preset={preset}", rows=ROWS[:1])
+    evaluation.main(["generate", run, "--prompt=Who?", "--preset=alpacaeval"])
+    assert [(k["temperature"], k["top_p"]) for k in seen] == [(0.7, 1.0), (0.7, 1.0), (0.0, 1.0), (0.7, 1.0)]
+    assert [k["max_new_tokens"] for k in seen] == [4, 4, 4, 2048] and seen[-1]["limits"][0] < 128
+    assert [evaluation.PRESETS[p]["max_new_tokens"] for p in ("alpacafarm", "alpacaeval", "paper")] == [300, 2048, 512]
+
+
+def test_the_merged_export_is_the_policy(tiny, tmp_path, one_process, capsys):
+    """One folder with tokenizer that needs nothing of this project: the same greedy answers as trunk + adapter."""
+    run = small_run(tiny, tmp_path / "run", one_process)
+    evaluation.main(["export", run, "--format=merged", "--output", str(tmp_path / "merged")])
+    assert "user-defined pieces" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "merged").iterdir()} == {"config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
+                                                                 "special_tokens_map.json", "generation_config.json"}
+    answers = [(evaluation.main(["generate", str(path), "--prompt=Who?", "--temperature=0", "--max_new_tokens=12"]), capsys.readouterr().out)[1]
+               for path in (run, tmp_path / "merged", tmp_path / "run" / "policy")]      # the policy folder alone is a PEFT folder
+    assert answers[0] == answers[1] == answers[2] and answers[0].strip()
+
+
+def test_chat_answers_line_by_line(tiny, tmp_path, one_process, monkeypatch, capsys):
+    run, lines = small_run(tiny, tmp_path / "run", one_process), iter(["Who?", "  ", "What?"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    evaluation.main(["chat", run, "--max_new_tokens=4", "--temperature=0"])
+    shown = capsys.readouterr().out
+    evaluation.main(["generate", run, "--prompt=Who?", "--max_new_tokens=4", "--temperature=0"])
+    assert capsys.readouterr().out.strip() in shown
+
+
+def test_preferences_are_counted_as_alpaca_eval_counts_them():
+    """By hand, on its own format: 2 and 1.8 are wins, 1 and 1.4 losses, 1.5 and AlpacaFarm's 0 draws; what a failed judge
+    leaves (null, -1, NaN) is left out. Win rate (1 + .8 + 0 + .4 + .5 + .5) / 6 = .5333; the standard error is s / sqrt(6) with
+    s^2 = (.2178 + .0711 + .2844 + .0178 + .0011 + .0011) / 5 = .118667, so .14063."""
+    c = evaluation.count_preferences([2, 1.8, 1, 1.4, 1.5, 0, None, -1, float("nan"), "2", True])
+    assert (c["n_wins"], c["n_wins_base"], c["n_draws"], c["n_total"], c["left_out"]) == (2, 2, 2, 6, 5)
+    assert c["win_rate"] == pytest.approx(3.2 / 6) and c["standard_error"] == pytest.approx(0.140633, abs=1e-5)
+
+
+def test_a_published_leaderboard_line_comes_out_again(tmp_path, capsys):
+    """AlpacaFarm's line of its PPO model: 370 wins, 424 losses, 9 draws: 46.64 % +-1.75 (auto_annotations/eval.py)."""
+    annotations = [{"preference": p} for p, n in ((2, 370), (1, 424), (0, 9), (None, 2)) for _ in range(n)]
+    (tmp_path / "a.json").write_text(json.dumps(annotations))
+    evaluation.main(["winrate", str(tmp_path / "a.json")])
+    assert capsys.readouterr().out == ("output_2 wins 46.64% +-1.75% (95 % interval 43.2% to 50.1%) of 803: 370 wins, 424 losses, "
+                                       "9 draws; 2 without a judgement left out\n")
+
+
+def test_pairs_judged_by_a_reward_model(tiny, tmp_path, capsys):
+    """Swapping the two answers of every pair gives the rest to one; an adapter needs the model that it belongs to."""
+    pairs = [{"instruction": f"Question {i}?", "output_1": "No" * i, "output_2": "Yes, it is."} for i in range(6)]
+    swapped = [p | {"output_1": p["output_2"], "output_2": p["output_1"]} for p in pairs]
+    won = []
+    for name, rows in (("a", pairs), ("b", swapped)):
+        (tmp_path / name).with_suffix(".json").write_text(json.dumps(rows))
+        evaluation.main(["winrate", str(tmp_path / f"{name}.json"), "--reward", str(tiny / "reward"), "--tokenizer", str(tiny / "sft" / "tokenizer.model")])
+        won.append(float(capsys.readouterr().out.split()[2].rstrip("%")))
+    assert sum(won) == pytest.approx(100)
+    flags = ["winrate", str(tmp_path / "a.json"), "--reward", str(tiny / "reward_adapter"), "--tokenizer", str(tiny / "sft" / "tokenizer.model")]
+    evaluation.main([*flags, "--model", str(tiny / "sft")])
+    assert "of 6" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluation.main(flags)
+    assert "is an adapter" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from data import Example, pack
-from lora import add_lora, lora_parameters
+from lora import adapter, add_lora, lora_parameters
 from model import Llama, LlamaConfig, ban_mask, save_llama
 from ppo import Rollout
 from reward import ActorCritic, RewardModel, build_models
@@ -408,7 +408,7 @@ def test_every_setting_changes_something():
 def test_settings_that_decide_the_result_are_compared():
     """A run folder is continued only with the settings that made it; the rest - where, how often, how many at once -
     may change in between. Every setting is in exactly one of the two groups."""
-    free = {"stage", "out", "redo", "micro_batch", "generate_batch", "checkpoint_activations", "save_every", "eval_every",
+    free = {"stage", "out", "redo", "dry_run", "micro_batch", "generate_batch", "checkpoint_activations", "save_every", "eval_every",
             "eval_data", "eval_temperature", "eval_drop_long"}
     compared = {name for names in train.READ_BY.values() for name in names}
     assert compared | free == {f.name for f in dataclasses.fields(train.Config)}
@@ -448,6 +448,7 @@ BAD_INPUT = [
     (["--prompts=DIR/a.json"], {"a.json": "[]"}, "empty list"),
     (["--prompts=DIR/a.json"], {"a.json": '[{"output": "x"}]'}, "row 0: expected a text in 'instruction', got no such field"),
     (["--prompts=DIR/a.json"], {"a.json": '[{"instruction": 7}]'}, "row 0: .*'instruction', got int 7"),
+    (["--prompts=DIR/a.json"], {"a.json": json.dumps([{"instruction": "half a \ud83d"}])}, "row 0: 'instruction' holds half a character"),
     (["--prompts=DIR/a.json", "--prompt_len=2"], {"a.json": json.dumps([ROW])}, "all 1 prompts are longer than --prompt_len 2"),
     (["--stage=sft", "--reward=", "--max_len=100", "--sft_data=DIR/a.json"], {"a.json": '[{"instruction": "x"}]'}, "expected a text in 'output'"),
     (["--stage=sft", "--reward=", "--max_len=100", "--sft_data=DIR/a.jsonl"], {"a.jsonl": json.dumps(ROW) + "\n{oops\n"}, "a.jsonl, line 2: broken JSON"),
@@ -582,3 +583,58 @@ def test_supervised_stages_do_not_depend_on_processes_or_interruptions(tiny, tmp
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     assert metrics(tmp_path / "one") == metrics(tmp_path / "killed")
+
+
+# --------------------------------------------------------------------------------------------------------- dry run
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(tiny, tmp_path, capsys):
+    """Before a week on two GPUs: all inputs are read, sizes are printed, and a mistake shows in seconds."""
+    (tmp_path / "llama").mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        (tmp_path / "llama" / name).write_bytes((tiny / "sft" / name).read_bytes())
+    before = sorted(tmp_path.rglob("*"))
+    flags = ppo_flags(tiny, tmp_path / "out", model=tmp_path / "llama")
+    train.main([*flags, "--dry_run"])
+    out = capsys.readouterr().out
+    assert "5 steps of 8 from 720 rows" in out and "one trunk" in out and "two trunks" in out and "KV cache" in out
+    assert sorted(tmp_path.rglob("*")) == before and not torch.distributed.is_initialized()
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--dry_run", "--prompts=nowhere.json"])
+
+
+def test_memory_of_7b_by_item():
+    """By hand, bf16, for one of two processes at the paper's batch sizes: the trunk is 6,738,415,616 x 2 bytes, the reward
+    trunk the same without 32000 x 4096 output weights; 16,777,216 adapter numbers take 16 bytes each; a token's keys and
+    values are 2 x 32 layers x 4096 x 2 bytes, for 128 rows of 492 slots; an activation checkpoint is 4096 x 2 bytes per
+    token, layer and trunk."""
+    flags = ["--model=x", "--stage=ppo", "--dtype=bfloat16", "--checkpoint_activations", "--micro_batch=8", "--rollout_batch=128"]
+    layouts = {name: (trained, memory) for name, trained, memory
+               in train.layouts(train.parse(flags), "ppo", LlamaConfig(), torch.bfloat16, 8)}
+    assert layouts["one trunk"][0] == layouts["two trunks"][0] == 16_781_313
+    one, two = (layouts[name][1] for name in ("one trunk", "two trunks"))
+    assert one["frozen weights"] == 6_738_415_616 * 2
+    assert two["frozen weights"] == (2 * 6_738_415_616 - 32000 * 4096) * 2
+    assert one["trained weights, gradients, Adam"] == 16_777_216 * 16
+    assert one["KV cache while sampling"] == 2 * 32 * 4096 * 2 * 128 * 492
+    checkpoints, tokens = 2 * 32 * 4096 * 2, 8 * 492
+    assert tokens * checkpoints < one["activations of a micro-batch"] < 1.8 * tokens * checkpoints
+    assert train.peak(one) < sum(one.values())              # sampling's and the update's memory are not needed at once
+
+
+def test_what_autograd_keeps_is_what_the_estimate_says(one_process):
+    """saved_bytes against the tensors that autograd really saves in a layer with adapters, each storage counted once."""
+    from reward import saved_bytes
+    for dtype in (torch.float32, torch.bfloat16):
+        config = LlamaConfig(vocab_size=64, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=160, max_seq_len=64)
+        model = Llama(config).to(dtype)
+        add_lora(model, "policy", r=1, alpha=1)
+        weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(x):
+            if x.untyped_storage().data_ptr() not in weights:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), adapter(model, "policy"):
+            hidden = model.hidden(torch.randint(0, 64, (2, 64)))
+        assert sum(kept.values()) / (2 * 64 * 3) == pytest.approx(saved_bytes(config, dtype.itemsize), rel=0.1)

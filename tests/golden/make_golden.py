@@ -1,6 +1,6 @@
 """Writes the golden files of this folder: what transformers and peft say of tiny LLaMAs.
 
-    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2      (numpy 2.4.6, safetensors 0.8.0)
+    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 loralib==0.1.2      (numpy 2.4.6, safetensors 0.8.0)
     OMP_NUM_THREADS=1 PYTHONHASHSEED=0 python tests/golden/make_golden.py
 
 The project needs neither transformers nor peft: the tests read the files. The weights are not stored; both sides make
@@ -10,6 +10,10 @@ them with `formula_weights`, from additions and multiplications alone, so the sa
     <case>/expected.safetensors     tokens (2, 32), logits (2, 32, 128), greedy (5, 24)
     <case>/adapter/                 as peft writes it (cases mha and gqa), and in expected.safetensors
                                     adapter_logits (2, 32, 128): the same tokens with the adapter on, unmerged
+    alpacafarm.safetensors          rows (5, 20) padded on the left with 0, lengths (5,), scores (5,): what AlpacaFarm's
+                                    reward model (backbone: case mha) computes; head_weight (1, 64), head_bias (1,)
+    loralib.bin                     policy and value adapters and value head as the paper's code saves them (bfloat16), on
+                                    case mha; loralib.safetensors: tokens (2, 32), logits (2, 32, 128), values (2, 32)
 """
 import json
 import shutil
@@ -131,6 +135,60 @@ def make_case(name, folder):
     print(name, {k: f"std {v.float().std():.3f}" for k, v in expected.items()}, json.dumps(expected["greedy"].tolist()))
 
 
+def make_alpacafarm(folder):
+    """AlpacaFarm's RewardModel.forward: last hidden state at the last column of rows padded on the left."""
+    import torch
+    from safetensors.torch import save_file
+    reference = reference_model(SIZES | CASES["mha"])
+    stream = np.random.RandomState(SEED + 3)
+    lengths = torch.tensor([20, 7, 12, 1, 15])
+    rows = torch.zeros(5, 20, dtype=torch.int64)
+    for i, n in enumerate(lengths):
+        rows[i, 20 - n:] = torch.from_numpy(stream.randint(3, SIZES["vocab_size"], int(n)))
+    mask = torch.arange(20) >= 20 - lengths[:, None]
+    weight, bias = (torch.from_numpy(stream.random_sample(shape).astype(np.float32) - 0.5) for shape in ((1, 64), (1,)))
+    with torch.no_grad():
+        hidden = reference.model(input_ids=rows, attention_mask=mask.long()).last_hidden_state
+        scores = torch.nn.functional.linear(hidden[:, -1], weight, bias)[:, 0]
+    save_file({"rows": rows, "lengths": lengths, "scores": scores, "head_weight": weight, "head_bias": bias},
+              folder / "alpacafarm.safetensors")
+    print("alpacafarm", scores.tolist())
+
+
+def make_loralib(folder, r=4, alpha=16):
+    """Two copies of the reference with loralib's layers; their adapters saved under the names of the paper's code, in
+    bfloat16, which do not say alpha."""
+    import loralib
+    import torch
+    from safetensors.torch import save_file
+    tokens, state, expected = torch.from_numpy(np.random.RandomState(SEED + 4).randint(3, SIZES["vocab_size"], (2, 32))), {}, {}
+    for k, (prefix, part) in enumerate((("", "policy"), ("base_model.", "value"))):
+        reference = reference_model(SIZES | CASES["mha"])
+        for layer in reference.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                old = getattr(layer.self_attn, name)
+                new = loralib.Linear(64, 64, r=r, lora_alpha=alpha, bias=False)
+                new.weight = old.weight
+                setattr(layer.self_attn, name, new)
+        lora = {name: p for name, p in reference.named_parameters() if "lora_" in name}
+        with torch.no_grad():
+            for name, values in formula_adapter({n: tuple(p.shape) for n, p in lora.items()}, SEED + 5 + k).items():
+                lora[name].copy_(torch.from_numpy(values).bfloat16())
+            state |= {prefix + name: p.detach().bfloat16().clone() for name, p in lora.items()}
+            reference.train()      # loralib's eval() would merge; there is no dropout
+            expected["logits" if part == "policy" else "hidden"] = (
+                reference(tokens).logits if part == "policy" else reference.model(tokens).last_hidden_state)
+    stream = np.random.RandomState(SEED + 7)
+    head = [torch.from_numpy((stream.random_sample(n) - 0.5).astype(np.float32)).bfloat16() for n in ((1, 64), (1,))]
+    state |= {"value_head": head[0], "value_head_bias": head[1]}
+    values = torch.einsum("btd,d->bt", expected.pop("hidden"), head[0].float().squeeze()) + head[1].float()
+    torch.save(state, folder / "loralib.bin")
+    save_file({"tokens": tokens, "values": values, "logits": expected["logits"].contiguous()}, folder / "loralib.safetensors")
+    print("loralib", sorted(state)[:2], len(state), values.std(), expected["logits"].std())
+
+
 if __name__ == "__main__":
+    make_alpacafarm(Path(__file__).parent)
+    make_loralib(Path(__file__).parent)
     for case in CASES:
         make_case(case, Path(__file__).parent / case)
