@@ -153,7 +153,8 @@ def study(args):
     print(f"{len(order)} trainings, {len(order) - len(todo)} of them done; about {clock(left)} on two quiet cores", flush=True)
     if args.dry_run:
         for job in todo:
-            print(f"torchrun --nproc_per_node={args.processes} train.py {' '.join(job.flags(args))}")
+            copy = f"cp -r {Job(job.seed, 'reward').folder(args)} {job.folder(args)} && " if job.variant else ""
+            print(f"{copy}torchrun --nproc_per_node={args.processes} train.py {' '.join(job.flags(args))}")
         return 0
     spent = expected = 0
     failed = []
