@@ -250,24 +250,25 @@ def groups_of(records):
 
 
 def summarise(records):
-    """Records of a run -> {system: {quantity: number, or {"value", "se", "low", "high"}}}."""
+    """Records of a run -> {system: {quantity: {"value", "se", "low", "high"}}}."""
     judged, groups = {name: judge(records, name) for name in SYSTEMS}, groups_of(records)
     lengths = {name: [r[name]["tokens"] for r in records] for name in SYSTEMS}
     win = lambda a, b: win_rate_with_error(judged[a], judged[b], groups)
+    average = lambda values: ratio_with_error([(v, 1) for v in values], groups)
     equal = lambda a, b: win_rate_at_equal_length(judged[a], judged[b], lengths[a], lengths[b], groups)
     summary = {}
     for name in SYSTEMS:
         answers = [r[name] for r in records]
-        s = {"score": mean([a["score"] for a in answers]),
-             "tokens": mean([a["tokens"] for a in answers]), "eos_rate": mean([a["finished"] for a in answers])}
+        s = {"score": average([a["score"] for a in answers]), "tokens": average([a["tokens"] for a in answers]),
+             "eos_rate": average([float(a["finished"]) for a in answers])}
         if name != "reference":
             s |= {"win_reference": win(name, "reference"), "win_reference_equal": equal(name, "reference")}
         if name == "after":
             s |= {"win_before": win("after", "before"), "win_before_equal": equal("after", "before")}
-            s["kl_per_token"] = sum(a["kl"] for a in answers) / sum(a["tokens"] for a in answers)
-            s["kl_per_sequence"] = mean([a["kl"] for a in answers])
+            s["kl_per_token"] = ratio_with_error([(a["kl"], a["tokens"]) for a in answers], groups)
+            s["kl_per_sequence"] = average([a["kl"] for a in answers])
         if is_toy(records):
-            s |= {"annotator": mean(judged[name])} | facts(records, name)
+            s |= {"annotator": average(judged[name])} | facts(records, name)
         summary[name] = s
     return summary
 
@@ -276,7 +277,8 @@ def facts(records, name):
     """Factual precision of a system's answers in the toy world: by fame, and by what the demonstrations taught."""
     counts = [world.check_facts(r["instruction"], r[name]["text"]) for r in records]
     people = [world.parse(r["instruction"]).person for r in records]
-    found = {"facts": mean([c.stated for c in counts]), "no_facts": mean([c.stated == 0 for c in counts])}
+    average = lambda values: ratio_with_error([(v, 1) for v in values], [p.name for p in people])
+    found = {"facts": average([c.stated for c in counts]), "no_facts": average([c.stated == 0 for c in counts])}
     for key, fame in (("famous", True), ("obscure", False)):
         group = [c for c, p in zip(counts, people) if p.famous == fame]
         names = [p.name for p in people if p.famous == fame]
@@ -300,13 +302,16 @@ ROWS = (("reward model's score", "score", "{:+.2f}"), ("annotators' score", "ann
         ("answers that state no fact", "no_facts", "{:.1%}"))
 
 
+def with_se(x, form):
+    """value +-standard error"""
+    return f"{form.format(x['value'])} +-{form.format(x['se']).lstrip('+')}"
+
+
 def table(summary):
     """The summary as text: a row per quantity, a column per system, standard errors behind +-."""
     def cell(name, key, form):
         x = summary[name].get(key)
-        if isinstance(x, dict):
-            return f"{form.format(x['value'])} +-{form.format(x['se'])}" if x["value"] == x["value"] else "none stated"
-        return "" if x is None else form.format(x)
+        return "" if x is None else with_se(x, form) if x["value"] == x["value"] else "none stated"
 
     lines = [f"{'':38}{'reference':>18}{'SFT (before)':>18}{'PPO (after)':>18}"]
     for label, key, form in ROWS:
@@ -358,8 +363,8 @@ def outcome(folder):
         evals.append({"step": settings["steps"]} | summarise(records))
     curve = [{"step": row["step"]} | row["after"] for row in evals]
     if evals:
-        same = {"win_before": {"value": 0.5, "se": 0.0}, "win_before_equal": {"value": 0.5, "se": 0.0}}
-        curve.insert(0, {"step": 0, "kl_per_token": 0.0, "kl_per_sequence": 0.0} | same | evals[-1]["before"])
+        by_definition = {"win_before": 0.5, "win_before_equal": 0.5, "kl_per_token": 0.0, "kl_per_sequence": 0.0}
+        curve.insert(0, {"step": 0} | {k: {"value": v, "se": 0.0} for k, v in by_definition.items()} | evals[-1]["before"])
     shown = [row for i, row in enumerate(metrics) if i % 4 == 0 or i == len(metrics) - 1]
     return compact({"seed": settings["seed"], "settings": settings, "wins": wins(records), "curve": curve,
                     "reference": evals[-1]["reference"] if evals else {},
@@ -400,17 +405,15 @@ def load_outcomes(paths):
     return variants
 
 
-def at(row, key):
-    """A quantity of an evaluation with its error; a plain number (a score, a length) has none of its own."""
-    x = row.get(key, float("nan"))
-    return x if isinstance(x, dict) else {"value": x, "se": 0.0}
+UNKNOWN = {"value": float("nan"), "se": float("nan")}
 
 
 def series(runs, x, y):
     """Points of one variant over its seeds: [(mean of x, y with its error)], one per step that every seed was evaluated at."""
     rows = [{row["step"]: row for row in o["curve"]} for o in runs]
     steps = sorted(set.intersection(*map(set, rows)))
-    return [(mean([at(r[s], x)["value"] for r in rows]), over_seeds([at(r[s], y) for r in rows])) for s in steps]
+    return [(mean([s if x == "step" else r[s][x]["value"] for r in rows]), over_seeds([r[s].get(y, UNKNOWN) for r in rows]))
+            for s in steps]
 
 
 def difference(runs, others, column):
@@ -433,13 +436,14 @@ COLUMNS = (("vs reference", "win_reference", "{:.1%}"), ("equal length", "win_re
 def study_table(variants, base):
     """A row per variant at its last step: mean over seeds +- standard error (over_seeds), and the difference from `base`."""
     def cell(x, form):
-        return f"{form.format(x['value'])} +-{form.format(x['se'])}" if x and x["value"] == x["value"] else "-"
+        return with_se(x, form) if x and x["value"] == x["value"] else "-"
 
     width = max(map(len, variants)) + 2
-    lines = [f"{'':{width}}{'seeds':>5}" + "".join(f"{label:>16}" for label, *_ in COLUMNS) + f"{'minus ' + base:>22}"]
+    lines = ["mean over seeds +- standard error, of prompts and seeds (one seed: of prompts alone); the last column is the win rate "
+             f"against the reference less that of {base!r}, paired by prompt", "", f"{'':{width}}{'seeds':>5}" + "".join(f"{label:>16}" for label, *_ in COLUMNS) + f"{'minus ' + base:>22}"]
     for name, runs in variants.items():
-        cells = [cell(over_seeds([at(o["curve"][-1] if o["curve"] else {}, key) for o in runs]), form) for _, key, form in COLUMNS]
-        minus = cell(difference(runs, variants[base], 1), "{:+.1%}").replace("+-+", "+-") if name != base else ""
+        cells = [cell(over_seeds([(o["curve"] or [{}])[-1].get(key, UNKNOWN) for o in runs]), form) for _, key, form in COLUMNS]
+        minus = cell(difference(runs, variants[base], 1), "{:+.1%}") if name != base else ""
         lines.append(f"{name:{width}}{len(runs):>5}" + "".join(f"{c:>16}" for c in cells) + f"{minus:>22}")
     return "\n".join(lines)
 
@@ -448,7 +452,7 @@ WIN, KL = "win rate against the reference", "KL from SFT, nats per token (over t
 FIGURES = (      # file, group of variants, title, key and label of x, (key, label) of each panel's y
     ("win_steps", "regularizer", "Win rate over training", ("step", "PPO step"), (("win_reference", WIN),)),
     ("win_kl", "regularizer", "Win rate against distance from SFT", ("kl_per_token", KL), (("win_reference", WIN),)),
-    ("precision_kl", "lora_full", "Factual precision: LoRA and full fine-tuning", ("kl_per_token", KL),
+    ("precision_kl", "lora_full", "Factual precision, LoRA and full fine-tuning", ("kl_per_token", KL),
      (("precision_famous", "supported / stated facts, famous people"), ("precision_obscure", "supported / stated facts, obscure people"))),
     ("scores_kl", "regularizer", "What PPO maximises, and what it stands for", ("kl_per_token", KL),
      (("score", "proxy: reward model's score"), ("annotator", "gold: annotators' score"))))
@@ -481,12 +485,16 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#C
 MARKERS = "osD^vPX*<>ph"
 
 
-def draw(axis, points, i, name=None):
-    """One variant: markers, a line, and the 95 % interval as a band."""
-    colour, x = COLOURS[i % len(COLOURS)], [p for p, _ in points]
-    axis.plot(x, [y["value"] for _, y in points], color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5,
+def draw(axis, points, i, name=None, band=False):
+    """One variant: markers, a line, and the 95 % intervals as a band or as bars (along KL a curve can turn back)."""
+    colour, x, values = COLOURS[i % len(COLOURS)], [p for p, _ in points], [y["value"] for _, y in points]
+    axis.plot(x, values, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5,
               linestyle="-" if i < len(COLOURS) else "--", linewidth=1.3, label=name)
-    axis.fill_between(x, [y["low"] for _, y in points], [y["high"] for _, y in points], color=colour, alpha=0.15, linewidth=0)
+    low, high = [y["low"] for _, y in points], [y["high"] for _, y in points]
+    if band:
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    else:
+        axis.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
 
 
 def draw_over_steps(plt, title, x_label, y_label, drawn):
@@ -498,8 +506,8 @@ def draw_over_steps(plt, title, x_label, y_label, drawn):
         axis.set_visible(False)
     for i, (axis, name) in enumerate(zip(axes.flat, drawn)):
         for other in drawn:
-            axis.plot([x for x, _ in drawn[other]], [y["value"] for _, y in drawn[other]], color="#CCCCCC", linewidth=0.8)
-        draw(axis, drawn[name], i)
+            axis.plot([x for x, _ in drawn[other]], [y["value"] for _, y in drawn[other]], color="#999999", linewidth=0.6)
+        draw(axis, drawn[name], i, band=True)
         axis.set_title(f"{name} (n {drawn[name][0][1]['seeds']})", fontsize=10)
         axis.xaxis.set_tick_params(labelbottom=True)
     figure.supxlabel(x_label), figure.supylabel(y_label)
@@ -509,13 +517,13 @@ def draw_over_steps(plt, title, x_label, y_label, drawn):
 
 def draw_panels(plt, title, x_label, panels):
     """A panel per quantity, all variants in it, one legend beside them."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 2, 4.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 2.6, 4.8), squeeze=False, layout="constrained")
     for axis, (y_label, drawn) in zip(axes[0], panels.items()):
         for i, (name, points) in enumerate(drawn.items()):
             draw(axis, points, i, f"{name} (n {points[0][1]['seeds']})")
         axis.set_xlabel(x_label), axis.set_ylabel(y_label)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-    figure.suptitle(f"{title}; band: 95 % interval, n: seeds", fontsize=11)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle(f"{title}; bars: 95 % interval, n: seeds", fontsize=11)
     return figure
 
 

@@ -849,7 +849,7 @@ def ppo(run, inputs, device, stopper):
             summary = summarise(records)
             run.append("evals.jsonl", {"step": step} | summary)
             say(f"{'':10} evaluation: won {summary['after']['win_before']['value']:.1%} +-"
-                f"{summary['after']['win_before']['se']:.1%} against SFT, score {summary['after']['score']:+.2f}")
+                f"{summary['after']['win_before']['se']:.1%} against SFT, score {summary['after']['score']['value']:+.2f}")
         stopping = stopper.asked(device)
         if step % cfg.save_every == 0 or stopping:
             run.save_checkpoint(step, parameters, optimizer, kl_coef=kl_coef)

@@ -113,7 +113,8 @@ def test_students_quantile_is_the_tables(df, quantile):
 def variant(seed, wins, **more):
     """A hand-made outcome: two evaluations, three persons."""
     rate = sum(w for _, w, _ in wins.values()) / sum(n for n, _, _ in wins.values())
-    row = lambda step, kl, value: {"step": step, "kl_per_token": kl, "score": 1.0, "win_reference": {"value": value, "se": 0.02}}
+    number = lambda value: {"value": value, "se": 0.02}
+    row = lambda step, kl, value: {"step": step, "kl_per_token": number(kl), "score": number(1.0), "win_reference": number(value)}
     return {"seed": seed, "settings": {"regularizer": "kl", "seed": seed}, "wins": wins, "reference": {},
             "curve": [row(0, 0.0, 0.25), row(10, 0.5, rate)],
             "training": {key: [1, 2] for key in ("step", *dict(evaluation.TRAINING))}} | more
@@ -135,7 +136,7 @@ def test_study_data_become_a_table_and_figures(tmp_path, monkeypatch, capsys):
         wins = {"x": [10, 10 * won, 0], "y": [10, 10 * won, 0]}
         (tmp_path / f"{name}{seed}.json").write_text(json.dumps(variant(seed, wins, variant=name)))
     evaluation.main(["table", str(tmp_path), "--base", "b"])
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[3:]}
     assert rows["a"][1:3] == ["2", "60.0%"] and rows["b"][1:3] == ["1", "40.0%"] and rows["a"][-2] == "+10.0%"   # (seed 0 alone has a partner)
     monkeypatch.setitem(sys.modules, "matplotlib", None)                        # import matplotlib: ImportError
     evaluation.main(["figures", str(tmp_path), "--out", str(tmp_path / "figures")])
@@ -163,13 +164,13 @@ def test_an_outcome_holds_the_curve_of_a_run(tiny, tmp_path, one_process):
     train.final_evaluation(run, inputs, one_process)
     found = evaluation.outcome(run.folder)
     assert [row["step"] for row in found["curve"]] == [0, 2, 4, 5]
-    assert found["curve"][0]["kl_per_token"] == 0 and found["curve"][3]["kl_per_token"] > 0
+    assert found["curve"][0]["kl_per_token"]["value"] == 0 < found["curve"][3]["kl_per_token"]["value"]
     assert found["training"]["step"] == [1, 5] and sum(n for n, _, _ in found["wins"].values()) == 6
     evals = [json.loads(line) for line in (run.folder / "evals.jsonl").read_text().splitlines()]
     last = evaluation.summarise(json.loads((run.folder / "eval.json").read_text())["records"])
     text = lambda summary: json.dumps({k: summary[k] for k in ("reference", "before")}, sort_keys=True)
     assert text(evals[0]) == text(evals[1]) == text(last)
-    assert evals[1]["after"]["score"] != evals[0]["after"]["score"]
+    assert evals[1]["after"]["score"]["value"] != evals[0]["after"]["score"]["value"]
 
 
 def test_precision_pools_facts_and_says_when_there_are_none():

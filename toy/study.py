@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eval import outcome  # noqa: E402
-from model import write_json  # noqa: E402
 
 REGULARIZER, LORA_FULL = "regularizer", "lora_full"      # the figures that a variant is in (eval.FIGURES)
 SECONDS = {"sft": 50, "reward": 145, "start": 20}        # on two quiet cores: a stage; a PPO run apart from its steps
@@ -128,16 +128,23 @@ def run(job, args):
     folder.mkdir(parents=True, exist_ok=True)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        done = subprocess.run([*start, str(ROOT / "train.py"), *job.flags(args)], stdout=log, stderr=subprocess.STDOUT)
-    return done.returncode == 0
+        process = subprocess.Popen([*start, str(ROOT / "train.py"), *job.flags(args)], stdout=log, stderr=subprocess.STDOUT,
+                                   start_new_session=True)      # Ctrl-C is ours: torchrun is told once, and given its time
+        try:
+            return process.wait() == 0
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def keep(job, args):
-    """Write a finished variant's outcome, under a temporary name first."""
+    """Write a finished variant's outcome, a line per quantity, under a temporary name first."""
     Path(args.data).mkdir(parents=True, exist_ok=True)
     about = {"variant": job.variant.name, "order": VARIANTS.index(job.variant), "groups": list(job.variant.groups),
              "flags": " ".join(f for f in job.flags(args)[6:])}
-    write_json(f"{job.data(args)}.tmp", about | outcome(job.folder(args) / "ppo"))
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in (about | outcome(job.folder(args) / "ppo")).items()]
+    Path(f"{job.data(args)}.tmp").write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
     os.replace(f"{job.data(args)}.tmp", job.data(args))
 
 
@@ -161,6 +168,7 @@ def study(args):
     for i, job in enumerate(todo):
         start = time.time()
         if job.variant and any(f.seed == job.seed and not f.variant for f in failed):
+            print(f"{i + 1:3}/{len(todo)} | {job.slug:32} {job.stage:6} | skipped: the models that it starts from failed", flush=True)
             continue
         if run(job, args):
             keep(job, args) if job.variant else None
@@ -190,7 +198,7 @@ def main(argv=None):
     try:
         return study(args)
     except KeyboardInterrupt:
-        print("stopped; the same command continues")
+        print("\nstopped; the same command continues")
         return 130
     except (ValueError, OSError) as e:
         print(f"study.py: error: {e}", file=sys.stderr)
@@ -198,4 +206,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a kill stops as Ctrl-C does, with a checkpoint
     sys.exit(main())
