@@ -30,9 +30,10 @@ own-token gradient is 0. A sampled form in the loss has a derivative, but not th
 that of KL(q || p).
 
 Departures from the paper's code: its Jensen-Shannon (kept as jensen_shannon_paper) is linear in d near 0, where JS is
-quadratic; its forms took exp(logprob) first and were inf or NaN near -110. Here everything stays in log space, and the
-difference of nearly equal terms is taken in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is
-clamped: for d below -88, k3 and JS overflow float32, and the run stops and says so.
+quadratic; its bregman has p/q where k3 has q/p, exp(d) - 1 - d, whose mean under p is not KL; its forms took exp(logprob)
+first and were inf or NaN near -110. Here everything stays in log space, and the difference of nearly equal terms is taken
+in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is clamped: for d below -88, k3 and JS overflow
+float32, and the run stops and says so.
 """
 import math
 

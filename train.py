@@ -126,8 +126,8 @@ class Config:
     kl_coef: float = knob(0.02, "weight of the penalty (negative: pays for leaving)")
     kl_target: float = knob(0.0, "true KL per sequence, nats, that the weight is steered to (0: the weight is fixed)", low=0)
     kl_horizon: float = knob(10000.0, "sequences over which that steering acts", low=1)
-    paper_compat: str = knob("", "dynamics of the paper's code where they differ, a comma list: reuse_minibatch (an eighth of a "
-                                 "minibatch per optimiser step), whiten_shift (whitened rewards get their mean back); its dropout "
+    paper_compat: str = knob("", "dynamics of the paper's code where they differ, a comma list: reuse_minibatch (each optimiser "
+                                 "step takes the gradient of an eighth of a minibatch, 8 times), whiten_shift (whitened rewards get their mean back); its dropout "
                                  "is --lora_dropout 0.1, its Jensen-Shannon --regularizer jensen_shannon_paper; padding "
                                  "in the statistics, bf16 adapters and re-tokenised text are not carried")
     missing_eos_penalty: float = knob(1.0, "subtracted from the score of a response that has no EOS")
@@ -219,8 +219,8 @@ class Config:
 
     @property
     def step_batch(self):
-        """Responses per optimiser step. The paper's code accumulates one gradient of 16 sequences 8 times, clipping after
-        each, where a minibatch of 128 was meant: the sum of 8 equal eighths, clipped, is that one gradient, clipped."""
+        """Responses per optimiser step. The paper's code adds the gradient of the same 16 sequences 8 times, clipping after
+        each, where a minibatch of 128 was meant: that is 8 times this one gradient, clipped once."""
         return self.minibatch // 8 if "reuse_minibatch" in self.compat else self.minibatch
 
 
@@ -724,7 +724,8 @@ def ppo_loss(cfg, ddp, rows, kl_coef):
 def update(cfg, step, ddp, optimizer, rollout, kl_coef):
     """ppo_epochs passes over the rollout batch, one optimiser step per minibatch. -> statistics, means over tokens.
 
-    A minibatch is a slice of one global permutation; each process takes an even share of it.
+    A minibatch is a slice of one global permutation; each process takes an even share of it. (--paper_compat
+    reuse_minibatch: see Config.step_batch.)
     """
     lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
     table, norms, device = [], [], ddp.module.policy.device        # table: a row of statistics per micro-batch
@@ -740,7 +741,7 @@ def update(cfg, step, ddp, optimizer, rollout, kl_coef):
                 n = int(rows.response_lengths.sum())
                 with gradients_travel(ddp, i == len(micro_batches) - 1):
                     loss, stats = ppo_loss(cfg, ddp, rows, kl_coef)
-                    (loss * token_weight(n, n_global)).backward()
+                    (loss * token_weight(n, n_global) * (cfg.minibatch // cfg.step_batch)).backward()
                 table.append({"optimizer_step": len(norms), "tokens": n} | {k: float(v) for k, v in stats.items()})
             norms.append({f"{name}_grad_norm": clip_gradients(parameters, cfg.max_grad_norm, step, name)
                           for name, parameters in actor_and_critic_parameters(ddp.module).items()})

@@ -249,19 +249,22 @@ def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path,
 
 
 def test_reusing_a_minibatch_takes_eight_times_as_many_steps(tiny, tmp_path, one_process):
-    """--paper_compat reuse_minibatch. The paper's code adds the gradient of the same 16 sequences 8 times, an eighth each,
-    and clips after each: with gradients far below and far above the bound that is one gradient, clipped once. So 16
-    responses are one optimiser step where 128 were meant: here 2 of 16, 2 epochs, 16 steps instead of 2."""
-    for size in (0.1, 3.0, 100.0):
+    """--paper_compat reuse_minibatch. The paper's code adds the gradient of the same 16 sequences 8 times and clips to norm 1
+    after each: gradients small and large end as 8 times that gradient, clipped once. So 16 responses are one optimiser
+    step where 128 were meant: here 2 of 16, 2 epochs, 16 steps instead of 2, with gradients 8 times as long."""
+    for size in (0.01, 0.1, 3.0, 100.0):
         reused = torch.zeros(2)
         for _ in range(8):
-            reused += torch.tensor([0.6, 0.8]) * size / 8
+            reused += torch.tensor([0.6, 0.8]) * size
             reused *= (1 / reused.norm()).clamp(max=1)
-        assert reused.norm().item() == pytest.approx(min(size, 1), rel=1e-5)
+        assert reused.norm().item() == pytest.approx(min(8 * size, 1), rel=1e-5)
+    norms = {}
     for compat, steps in (("", 2), ("reuse_minibatch", 16)):
         cfg = train.parse(ppo_flags(tiny, tmp_path / f"ppo{steps}", steps=1, rollout_batch=16, minibatch=16, paper_compat=compat))
         train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), one_process, train.Stopper())
         assert metrics(tmp_path / f"ppo{steps}")[0]["optimizer_steps"] == steps
+        norms[steps] = metrics(tmp_path / f"ppo{steps}")[0]["critic_grad_norm"]
+    assert norms[16] > 4 * norms[2]
 
 
 def test_whitening_that_shifts_pays_every_token_the_mean():
