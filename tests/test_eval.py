@@ -143,6 +143,7 @@ def test_study_data_become_a_table_and_figures(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert [float(x) for x in next(l for l in out.splitlines() if l.split()[:2] == ["a", "10.000"]).split()[1:3]] == [10, 0.6]
     assert not (tmp_path / "figures").exists()
+    assert "Win rate over training" in out and "Factual precision" not in out        # these data say nothing about facts
 
 
 def test_figures_are_drawn_where_matplotlib_is(tmp_path):
