@@ -284,7 +284,8 @@ def facts(records, name):
         names = [p.name for p in people if p.famous == fame]
         found[f"precision_{key}"] = ratio_with_error([(c.supported, c.stated) for c in group], names)
     found["precision_taught"] = ratio_with_error([(c.taught_supported, c.taught_stated) for c in group], names)
-    found["precision_untaught"] = ratio_with_error([(c.supported - c.taught_supported, c.stated - c.taught_stated) for c in group], names)
+    untaught = [(c.supported - c.taught_supported, c.stated - c.taught_stated) for c in group]
+    found["precision_untaught"] = ratio_with_error(untaught, names)
     found["untaught_share"] = ratio_with_error([(c.stated - c.taught_stated, c.stated) for c in group], names)
     return found
 
@@ -338,8 +339,8 @@ def report(folder):
 
 # ------------------------------------------------------------------------------- several runs: outcomes, table, figures
 
-TRAINING = (("score", "reward model's score"), ("kl_per_token", "KL from SFT, nats per token"), ("entropy", "entropy, nats per token"),
-            ("clip_frac", "share of tokens clipped"), ("explained_variance", "explained variance of returns"),
+TRAINING = (("score", "reward model's score"), ("kl_per_token", "KL from SFT, nats per token"),
+            ("entropy", "entropy, nats per token"), ("clip_frac", "share of tokens clipped"), ("explained_variance", "explained variance of returns"),
             ("length", "length, tokens"), ("eos_rate", "share of answers that end"))
 INPUTS = ("stage", "seed", "model", "reward", "tokenizer", "prompts")      # settings that do not make another variant
 
@@ -398,7 +399,7 @@ def load_outcomes(paths):
     if not found or not all(isinstance(o, dict) and "curve" in o for o in found):
         raise ValueError(f"{', '.join(map(str, paths))}: expected PPO run folders, or outcomes that toy/study.py has written")
     variants, settings = {}, [o["settings"] for o in found]
-    differ = [k for k in dict.fromkeys(sum(map(list, settings), [])) if k not in INPUTS and len({str(x.get(k)) for x in settings}) > 1]
+    differ = [k for k in settings[0] if k not in INPUTS and len({str(x.get(k)) for x in settings}) > 1]
     for o in sorted(found, key=lambda o: (o.get("order", 0), o["seed"])):
         name = o.get("variant") or ", ".join(f"{k} {o['settings'].get(k)}" for k in differ) or o["settings"]["regularizer"]
         variants.setdefault(name, []).append(o)
@@ -427,8 +428,8 @@ def difference(runs, others, column):
     return over_seeds(results) if results else None
 
 
-COLUMNS = (("vs reference", "win_reference", "{:.1%}"), ("equal length", "win_reference_equal", "{:.1%}"), ("vs SFT", "win_before", "{:.1%}"),
-           ("equal length", "win_before_equal", "{:.1%}"), ("KL/token", "kl_per_token", "{:.3f}"), ("tokens", "tokens", "{:.1f}"),
+COLUMNS = (("vs reference", "win_reference", "{:.1%}"), ("equal length", "win_reference_equal", "{:.1%}"),
+           ("vs SFT", "win_before", "{:.1%}"), ("equal length", "win_before_equal", "{:.1%}"), ("KL/token", "kl_per_token", "{:.3f}"), ("tokens", "tokens", "{:.1f}"),
            ("gold", "annotator", "{:.2f}"), ("proxy", "score", "{:.2f}"), ("famous", "precision_famous", "{:.1%}"),
            ("obscure", "precision_obscure", "{:.1%}"), ("no facts", "no_facts", "{:.1%}"))
 
@@ -439,8 +440,9 @@ def study_table(variants, base):
         return with_se(x, form) if x and x["value"] == x["value"] else "-"
 
     width = max(map(len, variants)) + 2
-    lines = ["mean over seeds +- standard error, of prompts and seeds (one seed: of prompts alone); the last column is the win rate "
-             f"against the reference less that of {base!r}, paired by prompt", "", f"{'':{width}}{'seeds':>5}" + "".join(f"{label:>16}" for label, *_ in COLUMNS) + f"{'minus ' + base:>22}"]
+    lines = ["mean over seeds +- standard error, of prompts and seeds (one seed: of prompts alone); the last column is the win "
+             f"rate against the reference less that of {base!r}, paired by prompt", "",
+             f"{'':{width}}{'seeds':>5}" + "".join(f"{label:>16}" for label, *_ in COLUMNS) + f"{'minus ' + base:>22}"]
     for name, runs in variants.items():
         cells = [cell(over_seeds([(o["curve"] or [{}])[-1].get(key, UNKNOWN) for o in runs]), form) for _, key, form in COLUMNS]
         minus = cell(difference(runs, variants[base], 1), "{:+.1%}") if name != base else ""
@@ -453,7 +455,8 @@ FIGURES = (      # file, group of variants, title, key and label of x, (key, lab
     ("win_steps", "regularizer", "Win rate over training", ("step", "PPO step"), (("win_reference", WIN),)),
     ("win_kl", "regularizer", "Win rate against distance from SFT", ("kl_per_token", KL), (("win_reference", WIN),)),
     ("precision_kl", "lora_full", "Factual precision, LoRA and full fine-tuning", ("kl_per_token", KL),
-     (("precision_famous", "supported / stated facts, famous people"), ("precision_obscure", "supported / stated facts, obscure people"))),
+     (("precision_famous", "supported / stated facts, famous people"),
+      ("precision_obscure", "supported / stated facts, obscure people"))),
     ("scores_kl", "regularizer", "What PPO maximises, and what it stands for", ("kl_per_token", KL),
      (("score", "proxy: reward model's score"), ("annotator", "gold: annotators' score"))))
 
@@ -463,8 +466,8 @@ def figure_data(variants):
     to (toy/study.py's do) are in those, any other in all; a figure for which the data say nothing is left out."""
     for file, group, title, (x, x_label), ys in FIGURES:
         chosen = {name: runs for name, runs in variants.items() if group in runs[0].get("groups", [group])}
-        panels = {y_label: {name: series(runs, x, y) for name, runs in chosen.items() if any(y in row for row in runs[0]["curve"])}
-                  for y, y_label in ys}
+        told = lambda y: [name for name in chosen if any(y in row for row in chosen[name][0]["curve"])]
+        panels = {y_label: {name: series(chosen[name], x, y) for name in told(y)} for y, y_label in ys}
         if all(panels.values()):
             yield file, title, x_label, panels
 
@@ -500,7 +503,8 @@ def draw(axis, points, i, name=None, band=False):
 def draw_over_steps(plt, title, x_label, y_label, drawn):
     """A panel per variant, the others in grey behind it: bands of ten variants in one panel would hide each other."""
     columns = min(4, len(drawn))
-    figure, axes = plt.subplots(-(-len(drawn) // columns), columns, figsize=(3 * columns + 1.2, 2.6 * -(-len(drawn) // columns) + 1),
+    rows = -(-len(drawn) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns + 1.2, 2.6 * rows + 1),
                                 sharex=True, sharey=True, squeeze=False, layout="constrained")
     for axis in axes.flat[len(drawn):]:
         axis.set_visible(False)
@@ -558,9 +562,11 @@ def write_figures(variants, folder):
         print(figure_text(figures) + "\n" + training_text(name, runs[0]))
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    drawn = {file: draw_over_steps(plt, title, x, *next(iter(panels.items()))) if file == "win_steps" else draw_panels(plt, title, x, panels)
-             for file, title, x, panels in figures}
-    for file, figure in (drawn | {"training": draw_training(plt, name, runs[0])}).items():
+    drawn = {"training": draw_training(plt, name, runs[0])}
+    for file, title, x, panels in figures:
+        one = file == "win_steps"      # (bands, and so a panel per variant)
+        drawn[file] = draw_over_steps(plt, title, x, *next(iter(panels.items()))) if one else draw_panels(plt, title, x, panels)
+    for file, figure in drawn.items():
         figure.savefig(Path(folder) / f"{file}.png", dpi=110)
         print(Path(folder) / f"{file}.png")
 
@@ -603,12 +609,13 @@ def command_figures(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    p = commands.add_parser("table", help="the table of a finished run; of several, or of a study, a row per variant", allow_abbrev=False)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="PPO run folder, such as runs/toy/ppo, or study data, such as toy/study")
+    data = "PPO run folder, such as runs/toy/ppo, or study data, such as toy/study"
+    p = commands.add_parser("table", help="the table of a finished run; of several a row per variant", allow_abbrev=False)
+    p.add_argument("runs", nargs="+", metavar="RUN", help=data)
     p.add_argument("--base", help="variant that the others' win rates are compared with, paired (default: the first)")
     p.set_defaults(command=command_table)
     p = commands.add_parser("figures", help="pictures of runs; without matplotlib their numbers", allow_abbrev=False)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="PPO run folders (--eval_every gives the curves), or study data, such as toy/study")
+    p.add_argument("runs", nargs="+", metavar="RUN", help=f"{data} (train.py's --eval_every gives the curves)")
     p.add_argument("--out", default="figures", metavar="FOLDER", help="where the pictures go (default: figures)")
     p.set_defaults(command=command_figures)
     p = commands.add_parser("generate", help="answer instructions with a run's policy", allow_abbrev=False)

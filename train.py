@@ -127,9 +127,10 @@ class Config:
     kl_target: float = knob(0.0, "true KL per sequence, nats, that the weight is steered to (0: the weight is fixed)", low=0)
     kl_horizon: float = knob(10000.0, "sequences over which that steering acts", low=1)
     paper_compat: str = knob("", "dynamics of the paper's code where they differ, a comma list: reuse_minibatch (each optimiser "
-                                 "step takes the gradient of an eighth of a minibatch, 8 times), whiten_shift (whitened rewards get their mean back); its dropout "
-                                 "is --lora_dropout 0.1, its Jensen-Shannon --regularizer jensen_shannon_paper; padding "
-                                 "in the statistics, bf16 adapters and re-tokenised text are not carried")
+                                 "step takes the gradient of an eighth of a minibatch, 8 times), whiten_shift (whitened rewards "
+                                 "get their mean back); its dropout is --lora_dropout 0.1, its Jensen-Shannon --regularizer "
+                                 "jensen_shannon_paper; padding in the statistics, bf16 adapters and re-tokenised text are not "
+                                 "carried")
     missing_eos_penalty: float = knob(1.0, "subtracted from the score of a response that has no EOS")
     eval_every: int = knob(0, "PPO steps between evaluations (0: only at the end)", low=0)
     eval_drop_long: bool = knob(False, "leave out evaluation rows that do not fit the model (default: refuse them)")
@@ -171,8 +172,8 @@ class Config:
         """The reward takes sampled penalties, the loss exact ones; an empty --divergence becomes the one that fits."""
         fitting = "sampled" if self.regularizer_mode == "reward" else "exact"
         if self.divergence == "exact" and fitting == "sampled":
-            raise ValueError("--divergence exact with --regularizer_mode reward: a sum over the vocabulary is the same whichever token "
-                             "is drawn, so the baseline cancels it and it has no gradient of its own token: --regularizer_mode loss")
+            raise ValueError("--divergence exact with --regularizer_mode reward: a sum over the vocabulary is the same whichever "
+                             "token is drawn, so the baseline cancels it and it has no gradient: --regularizer_mode loss")
         if self.divergence == "sampled" and fitting == "exact":
             raise ValueError("--divergence sampled with --regularizer_mode loss: the derivative of a one-sample form is not the "
                              "divergence's gradient (k1's is 0 on average): --divergence exact, or --regularizer_mode reward")
@@ -186,7 +187,7 @@ class Config:
         if "whiten_shift" in self.compat and self.whiten_rewards:
             raise ValueError("--whiten_rewards scales only, --paper_compat whiten_shift re-adds the mean: give one of them")
         if "reuse_minibatch" in self.compat and self.minibatch % 8:
-            raise ValueError(f"--paper_compat reuse_minibatch takes eighths of --minibatch, and {self.minibatch} is not a multiple of 8")
+            raise ValueError(f"--paper_compat reuse_minibatch takes eighths of --minibatch: {self.minibatch} is not a multiple of 8")
 
     def folder(self, stage):
         """Where a stage writes: --out itself for a single stage with --model, else a folder of its own in it."""
@@ -241,8 +242,8 @@ READ_BY = {      # the settings that decide what a stage's result is; a run fold
     "reward": (*SHARED, "preference_data", "preference_test", "max_len", "beta2", *(f.name for f in fields(Config) if f.name.startswith("reward_"))),
     "ppo": (*SHARED, "reward", "prompts", "steps", "rollout_batch", "minibatch", "ppo_epochs", "prompt_len", "response_len",
             "lr", "warmup_steps", "lora_rank", "lora_alpha", "lora_dropout", "gamma", "lam", "clip", "value_clip",
-            "vf_coef", "whiten_rewards", "regularizer", "regularizer_mode", "divergence", "paper_compat", "kl_coef", "kl_target", "kl_horizon",
-            "missing_eos_penalty")}
+            "vf_coef", "whiten_rewards", "regularizer", "regularizer_mode", "divergence", "paper_compat", "kl_coef",
+            "kl_target", "kl_horizon", "missing_eos_penalty")}
 ALIASES = ("lr", "steps", "lora_rank", "lora_alpha", "lora_dropout")      # --lr with --stage sft means --sft_lr
 
 

@@ -137,7 +137,8 @@ def test_study_data_become_a_table_and_figures(tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}{seed}.json").write_text(json.dumps(variant(seed, wins, variant=name)))
     evaluation.main(["table", str(tmp_path), "--base", "b"])
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[3:]}
-    assert rows["a"][1:3] == ["2", "60.0%"] and rows["b"][1:3] == ["1", "40.0%"] and rows["a"][-2] == "+10.0%"   # (seed 0 alone has a partner)
+    assert rows["a"][1:3] == ["2", "60.0%"] and rows["b"][1:3] == ["1", "40.0%"]
+    assert rows["a"][-2] == "+10.0%"                                            # (seed 0 alone has a partner)
     monkeypatch.setitem(sys.modules, "matplotlib", None)                        # import matplotlib: ImportError
     evaluation.main(["figures", str(tmp_path), "--out", str(tmp_path / "figures")])
     out = capsys.readouterr().out
@@ -222,8 +223,9 @@ def test_generate_answers_a_prompt_and_a_file(tiny, tmp_path, one_process, capsy
     assert [r["instruction"] for r in json.loads((tmp_path / "out.json").read_text())] == ["One?", "Two?"]
 
 
-@pytest.mark.parametrize("argv, message", [(["table", "nowhere"], "expected PPO run folders"), (["figures", "nowhere"], "expected PPO run folders"),
-     (["generate", "nowhere", "--prompt", "x"], "no finished PPO run")])
+@pytest.mark.parametrize("argv, message", [
+    (["table", "nowhere"], "expected PPO run folders"), (["figures", "nowhere"], "expected PPO run folders"),
+    (["generate", "nowhere", "--prompt", "x"], "no finished PPO run")])
 def test_a_missing_run_is_one_line(argv, message, capsys):
     """Status 2 and what was expected there."""
     with pytest.raises(SystemExit) as stop:

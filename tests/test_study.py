@@ -10,8 +10,8 @@ import train
 from conftest import ROOT
 from toy import study
 
-ARGS = SimpleNamespace(seeds=3, only=None, steps=48, eval_every=12, base_steps=0, eval_data=None, processes=2, out="runs/none_such",
-                       data="runs/none_such/data")
+ARGS = SimpleNamespace(seeds=3, only=None, steps=48, eval_every=12, base_steps=0, eval_data=None, processes=2,
+                       out="runs/none_such", data="runs/none_such/data")
 
 
 def test_no_two_variants_are_the_same_run():
@@ -51,6 +51,7 @@ def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path):
     found = json.loads(path.read_text())
     assert found["variant"] == "kl" and [row["step"] for row in found["curve"]] == [0, 1, 2]
     assert "1 trainings, 1 of them done" in start().stdout
+    assert "was made with '--steps 2" in start("--steps=3").stderr
     path.unlink()
     log = tmp_path / "runs" / "kl_seed0" / "log.txt"
     log.write_text("")

@@ -15,6 +15,7 @@ have learning rates of their own. Sweeps have one seed: their rows say n 1, and 
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eval import outcome  # noqa: E402
+from model import read_json  # noqa: E402
 
 REGULARIZER, LORA_FULL = "regularizer", "lora_full"      # the figures that a variant is in (eval.FIGURES)
 SECONDS = {"sft": 50, "reward": 145, "start": 20}        # on two quiet cores: a stage; a PPO run apart from its steps
@@ -60,7 +62,8 @@ OURS = [       # what it did not have: an unbiased JS in the reward, and true gr
     Variant("full, none", "--lora_rank 0 --lr 3e-4 --regularizer none", (LORA_FULL,), slower=1.3),
 ]
 SWEEPS = [
-    Variant("exact js in the loss", "--regularizer jensen_shannon --regularizer_mode loss --divergence exact", sweep=True, slower=1.2),
+    Variant("exact js in the loss", "--regularizer jensen_shannon --regularizer_mode loss --divergence exact", sweep=True,
+            slower=1.2),
     Variant("full, kl, lr 1e-3", "--lora_rank 0 --lr 1e-3", sweep=True, slower=1.3),
     *(Variant(f"rank {r}", f"--lora_rank {r}", sweep=True) for r in (1, 2, 32)),              # (rank 8 is "kl")
     *(Variant(f"alpha {a}", f"--lora_alpha {a}", sweep=True) for a in (1, 2, 8)),             # (alpha 32 is "kl")
@@ -78,7 +81,8 @@ class Job:
 
     @property
     def slug(self):
-        return f"{self.variant.name.replace(', ', '_').replace(' ', '_').replace(chr(39), '')}_seed{self.seed}" if self.variant else f"seed{self.seed}"
+        """A name for files."""
+        return (re.sub("[ ,']+", "_", self.variant.name) + "_" if self.variant else "") + f"seed{self.seed}"
 
     def folder(self, args):
         return Path(args.out) / self.slug
@@ -97,8 +101,15 @@ class Job:
         return found + ([] if args.eval_data is None or not self.variant else ["--eval_data", args.eval_data])
 
     def finished(self, args):
-        stands = (self.folder(args) / self.stage / "finished.json").is_file()
-        return self.data(args).is_file() if self.variant else stands
+        """Whether its result stands. ValueError if it is one of other settings: the two must not meet in one table."""
+        if not self.variant:
+            return (self.folder(args) / self.stage / "finished.json").is_file()
+        if not self.data(args).is_file():
+            return False
+        before, now = read_json(self.data(args)).get("flags"), " ".join(self.flags(args)[6:])
+        if before != now:
+            raise ValueError(f"{self.data(args)} was made with {before!r} (now {now!r}): give the same, or another --data and --out")
+        return True
 
     def seconds(self, args):
         """About how long it takes on two quiet cores."""
@@ -142,14 +153,15 @@ def keep(job, args):
     """Write a finished variant's outcome, a line per quantity, under a temporary name first."""
     Path(args.data).mkdir(parents=True, exist_ok=True)
     about = {"variant": job.variant.name, "order": VARIANTS.index(job.variant), "groups": list(job.variant.groups),
-             "flags": " ".join(f for f in job.flags(args)[6:])}
+             "flags": " ".join(job.flags(args)[6:])}
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in (about | outcome(job.folder(args) / "ppo")).items()]
     Path(f"{job.data(args)}.tmp").write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
     os.replace(f"{job.data(args)}.tmp", job.data(args))
 
 
 def clock(seconds):
-    return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02}m" if seconds >= 3600 else f"{int(seconds) // 60}m{int(seconds) % 60:02}s"
+    minutes = int(seconds) // 60
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{int(seconds) % 60:02}s"
 
 
 def study(args):
@@ -166,9 +178,9 @@ def study(args):
     spent = expected = 0
     failed = []
     for i, job in enumerate(todo):
-        start = time.time()
+        start, name = time.time(), f"{i + 1:3}/{len(todo)} | {job.slug:32} {job.stage:6}"
         if job.variant and any(f.seed == job.seed and not f.variant for f in failed):
-            print(f"{i + 1:3}/{len(todo)} | {job.slug:32} {job.stage:6} | skipped: the models that it starts from failed", flush=True)
+            print(f"{name} | skipped: the models that it starts from failed", flush=True)
             continue
         if run(job, args):
             keep(job, args) if job.variant else None
@@ -178,22 +190,25 @@ def study(args):
             result = f"FAILED, see {job.folder(args) / 'log.txt'}"
         spent, expected = spent + time.time() - start, expected + job.seconds(args)
         left = sum(j.seconds(args) for j in todo[i + 1:]) * spent / expected
-        print(f"{i + 1:3}/{len(todo)} | {job.slug:32} {job.stage:6} | {result} in {clock(time.time() - start)} | left {clock(left)}", flush=True)
+        print(f"{name} | {result} in {clock(time.time() - start)} | left {clock(left)}", flush=True)
     return 1 if failed else 0
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dry_run", action="store_true", help="print the plan and its commands only")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each variant (sweeps: seed 0 alone)")
-    parser.add_argument("--only", action="append", metavar="VARIANT", choices=[v.name for v in VARIANTS], help="this variant (may be repeated)")
+    parser.add_argument("--only", action="append", metavar="VARIANT", choices=[v.name for v in VARIANTS],
+                        help="this variant (may be repeated)")
     parser.add_argument("--steps", type=int, default=48, help="PPO steps of each run")
     parser.add_argument("--eval_every", type=int, default=12, help="PPO steps between evaluations")
-    parser.add_argument("--base_steps", type=int, default=0, help="steps of SFT and reward model (0: the toy world's), to try the study out")
+    parser.add_argument("--base_steps", type=int, default=0,
+                        help="steps of SFT and reward model, to try the study out (0: the toy world's)")
     parser.add_argument("--eval_data", help="evaluation file (none: the toy world's, toy/test.json)")
     parser.add_argument("--processes", type=int, default=2, help="processes of each training")
     parser.add_argument("--out", default="runs/study", help="run folders")
-    parser.add_argument("--data", default=str(Path(os.path.relpath(ROOT)) / "toy" / "study"), help="outcomes, one JSON file per run")
+    parser.add_argument("--data", default=os.path.relpath(ROOT / "toy" / "study"), help="outcomes, one JSON file per run")
     args = parser.parse_args(argv)
     try:
         return study(args)
