@@ -1,6 +1,7 @@
 """What came out: answers before and after PPO, win rates, factual precision, the reward model's accuracy.
 
     python eval.py table runs/toy/ppo                       the table of a finished run, once more
+    python eval.py figures runs/toy/ppo                     pictures of runs, or their numbers where matplotlib is not installed
     python eval.py generate runs/toy/ppo --prompt "Who is Mira Brenson?"
     python eval.py generate runs/toy/ppo --input questions.json --output answers.json
     python eval.py chat runs/toy/ppo                        answers what you type
@@ -15,12 +16,18 @@ Quote a win rate with its error: at 300 prompts the standard error is about 2.5 
 
 Statistics
 * Win rate: the mean over prompts of 1 (win), 1/2 (draw), 0 (loss); paired, both answers to the same instruction.
-* Standard errors and intervals come from resampling prompts (bootstrap, 1000 times, seeded).
+* Standard errors and intervals come from resampling (bootstrap, 1000 times, seeded): of prompts, or, where several
+  prompts ask about one person, as in the toy world, of persons with all their prompts - answers about one person err
+  together.
+* Win rate at equal length: a logistic fit of the outcome on the difference in length, read off at difference 0 (as in
+  length-controlled AlpacaEval, Dubois et al., arXiv 2404.04475).
+* Several seeds: the mean over seeds; its error holds the spread between prompts and that between seeds (over_seeds).
 * Factual precision: supported / stated facts, all answers pooled (FActScore, Min et al., arXiv 2305.14251), exact here.
 """
 import argparse
 import itertools
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -52,33 +59,90 @@ def mean(x):
     return sum(x) / len(x)
 
 
-def bootstrap(parts, statistic, resamples=1000, seed=0):
-    """Standard error and 95 % interval of statistic(sums of the columns) under resampling of rows.
+def resample(groups, resamples=1000, seed=0):
+    """Cluster bootstrap: whole groups are drawn with replacement. groups: one label per row (n) -> (resamples, n) float64,
+    how often each row is in each resample. Labels that are all different make it the plain bootstrap."""
+    number = {g: i for i, g in enumerate(dict.fromkeys(groups))}
+    picks = torch.randint(len(number), (resamples, len(number)), generator=torch.Generator().manual_seed(seed))
+    times = torch.zeros(picks.shape, dtype=torch.float64).scatter_add_(1, picks, torch.ones(picks.shape, dtype=torch.float64))
+    return times[:, [number[g] for g in groups]]
 
-    parts: (n rows, k numbers); statistic maps column means (resamples, k) to (resamples,). Percentile interval (Efron 1979).
-    """
-    x = torch.tensor(parts, dtype=torch.float64)
-    picks = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
-    values = statistic(x[picks].mean(1))
+
+def with_error(value, values):
+    """A statistic and its values under resampling -> {"value", "se", "low", "high"}: standard error and 95 % percentile
+    interval (Efron 1979); resamples in which there is nothing to divide by are left out."""
     values = values[torch.isfinite(values)]
-    if len(values) < 2:
-        return float("nan"), (float("nan"), float("nan"))
+    if len(values) < 2 or value != value:
+        return {"value": value} | dict.fromkeys(("se", "low", "high"), float("nan"))
     low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return values.std().item(), (low, high)
+    return {"value": value, "se": values.std().item(), "low": low, "high": high}
 
 
-def win_rate_with_error(ours, theirs):
-    """-> {"value", "se", "low", "high"}"""
-    results = outcomes(ours, theirs)
-    se, (low, high) = bootstrap([[r] for r in results], lambda m: m[:, 0])
-    return {"value": mean(results), "se": se, "low": low, "high": high}
-
-
-def ratio_with_error(pairs):
+def ratio_with_error(pairs, groups=None):
     """Pooled ratio sum(a) / sum(b) of (a, b) per answer, with its error; value nan where there is nothing to divide by."""
-    total = sum(b for _, b in pairs)
-    se, (low, high) = bootstrap(pairs, lambda m: m[:, 0] / m[:, 1]) if total else (float("nan"), (float("nan"),) * 2)
-    return {"value": sum(a for a, _ in pairs) / total if total else float("nan"), "se": se, "low": low, "high": high}
+    a, b = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).T
+    if b.sum() == 0:
+        return with_error(float("nan"), b)
+    times = resample(groups or range(len(pairs)))                                 # (resamples, n)
+    return with_error((a.sum() / b.sum()).item(), times @ a / (times @ b))
+
+
+def win_rate_with_error(ours, theirs, groups=None):
+    """-> {"value", "se", "low", "high"}"""
+    return ratio_with_error([(r, 1) for r in outcomes(ours, theirs)], groups)
+
+
+def win_rate_at_equal_length(ours, theirs, our_lengths, their_lengths, groups=None):
+    """Win rate that the fit P(win) = sigmoid(a + b (our length - their length)) gives at difference 0: sigmoid(a), with
+    its error. A draw is half a win and half a loss. How far the fit can be trusted is the data's matter: where no two
+    answers are about equally long, it is an extrapolation."""
+    y = torch.tensor(outcomes(ours, theirs), dtype=torch.float64)
+    x = torch.tensor([p - q for p, q in zip(our_lengths, their_lengths, strict=True)], dtype=torch.float64)
+    x = x / x.square().mean().sqrt().clamp(min=1e-12)
+    times = torch.cat([torch.ones(1, len(y)), resample(groups or range(len(y)))])
+    values = torch.sigmoid(logistic_fit(x, y, times)[:, 0])
+    return with_error(values[0].item(), values[1:])
+
+
+def logistic_fit(x, y, weights, prior=0.1, iterations=20):
+    """(a, b) of sigmoid(a + b x), by Newton's method, for each row of weights: x, y (n,), weights (m, n) -> (m, 2).
+
+    The prior N(0, 1 / prior^2) on both keeps them finite where every outcome is a win, or length decides them all."""
+    X = torch.stack([torch.ones_like(x), x], dim=1)                               # (n, 2)
+    XX = (X[:, :, None] * X[:, None]).flatten(1)                                  # (n, 4)
+    theta = torch.zeros(len(weights), 2, dtype=X.dtype)
+    for _ in range(iterations):
+        p = torch.sigmoid(theta @ X.T)                                            # (m, n)
+        gradient = (weights * (y - p)) @ X - prior ** 2 * theta
+        hessian = ((weights * p * (1 - p)) @ XX).view(-1, 2, 2) + prior ** 2 * torch.eye(2, dtype=X.dtype)
+        step = torch.linalg.solve(hessian, gradient)
+        theta = theta + step * (2 / step.norm(dim=1, keepdim=True)).clamp(max=1)  # far from the optimum Newton overshoots
+    return theta
+
+
+def over_seeds(results):
+    """One quantity from several seeds, each {"value", "se"} of its own -> the mean over seeds, with the error of both spreads.
+
+        se^2 = s^2 / K + mean(se_k^2)       s: standard deviation between the K seeds, se_k: that of prompts within a seed
+
+    The prompts are the same for every seed, so that their part does not shrink with K. (s holds a share of the noise of
+    sampling that se_k holds as well: a little too careful.) The interval is Student's, with Satterthwaite's degrees of
+    freedom: two or three seeds say little about their own spread. One seed: no spread between seeds is known, and none added.
+    """
+    results = [r for r in results if r["value"] == r["value"]] or results      # (a seed that states no facts has no precision)
+    values, K = torch.tensor([r["value"] for r in results], dtype=torch.float64), len(results)
+    prompts = mean([r["se"] ** 2 for r in results])
+    seeds = values.var().item() / K if K > 1 else 0.0
+    se, value = (prompts + seeds) ** 0.5, values.mean().item()
+    reach = (student_quantile((K - 1) * ((seeds + prompts) / seeds) ** 2) if seeds > 0 else 1.96) * se
+    return {"value": value, "se": se, "low": value - reach, "high": value + reach, "seeds": K}
+
+
+def student_quantile(df):
+    """97.5 % quantile of Student's t. With t = sqrt(df) tan(angle) the density is cos(angle)^(df - 1), summed on a grid."""
+    angle = torch.linspace(0, math.pi / 2, 100001, dtype=torch.float64)
+    mass = (angle.cos().clamp(min=0) ** (min(df, 1e4) - 1)).cumsum(0)
+    return min(df, 1e4) ** 0.5 * math.tan(angle[torch.searchsorted(mass, 0.95 * mass[-1])])
 
 
 # ---------------------------------------------------------------------------------------- the reward model's accuracy
@@ -135,25 +199,27 @@ def answer(net, prompts, tokenizer, trained=True, **settings):
         return generate(model, prompts, **settings)
 
 
-def evaluate(net, reward_model, tokenizer, rows, row_ids, max_new_tokens, temperature, seed, micro_batch):
+def evaluate(net, reward_model, tokenizer, rows, row_ids, max_new_tokens, temperature, seed, micro_batch, earlier=None):
     """Answers to each row before and after training, beside its reference, with scores and KL. -> one record per row.
 
     rows: as data.load_eval_rows gives them. A row's answers depend on (seed, row id) alone, not on the rows beside it.
+    earlier: records of these rows from an earlier step, whose reference and answers before training are taken over.
     """
     if not rows:
         return []
     prompts = [row["prompt"] for row in rows]
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=f"{seed} evaluation", row_ids=row_ids)
     room = net.policy.config.max_seq_len
-    answers = {"reference": [tokenizer.encode_response(row["output"])[:room - len(row["prompt"])] for row in rows],
-               "before": answer(net, prompts, tokenizer, trained=False, **settings),
-               "after": answer(net, prompts, tokenizer, **settings)}
+    answers = {"after": answer(net, prompts, tokenizer, **settings)}
+    if not earlier:
+        answers |= {"reference": [tokenizer.encode_response(row["output"])[:room - len(row["prompt"])] for row in rows],
+                    "before": answer(net, prompts, tokenizer, trained=False, **settings)}
     scores = {k: score_responses(reward_model, prompts, ids, tokenizer.eos_id, micro_batch).tolist()
               for k, ids in answers.items()}
     kl = assess(net, reward_model, prompts, answers["after"], tokenizer.eos_id, micro_batch).kl.sum(-1).tolist()
     records = []
     for i, row in enumerate(rows):
-        record = {k: row[k] for k in row if k not in ("prompt", "output")}
+        record = dict(earlier[i]) if earlier else {k: row[k] for k in row if k not in ("prompt", "output")}
         for name, ids in answers.items():
             text = row["output"] if name == "reference" else tokenizer.decode_response(ids[i])
             record[name] = {"text": text, "tokens": len(ids[i]), "finished": ids[i][-1] == tokenizer.eos_id, "score": scores[name][i]}
@@ -186,22 +252,31 @@ def judge(records, name):
     return [r[name]["score"] for r in records]
 
 
+def groups_of(records):
+    """What is resampled together: in the toy world all prompts about one person, else each prompt for itself."""
+    return [world.parse(r["instruction"]).person.name for r in records] if is_toy(records) else list(range(len(records)))
+
+
 def summarise(records):
-    """Records of a run -> {system: {quantity: number, or {"value", "se", "low", "high"}}}."""
-    judged = {name: judge(records, name) for name in SYSTEMS}
+    """Records of a run -> {system: {quantity: {"value", "se", "low", "high"}}}."""
+    judged, groups = {name: judge(records, name) for name in SYSTEMS}, groups_of(records)
+    lengths = {name: [r[name]["tokens"] for r in records] for name in SYSTEMS}
+    win = lambda a, b: win_rate_with_error(judged[a], judged[b], groups)
+    average = lambda values: ratio_with_error([(v, 1) for v in values], groups)
+    equal = lambda a, b: win_rate_at_equal_length(judged[a], judged[b], lengths[a], lengths[b], groups)
     summary = {}
     for name in SYSTEMS:
         answers = [r[name] for r in records]
-        s = {"score": mean([a["score"] for a in answers]),
-             "tokens": mean([a["tokens"] for a in answers]), "eos_rate": mean([a["finished"] for a in answers])}
+        s = {"score": average([a["score"] for a in answers]), "tokens": average([a["tokens"] for a in answers]),
+             "eos_rate": average([float(a["finished"]) for a in answers])}
         if name != "reference":
-            s["win_reference"] = win_rate_with_error(judged[name], judged["reference"])
+            s |= {"win_reference": win(name, "reference"), "win_reference_equal": equal(name, "reference")}
         if name == "after":
-            s["win_before"] = win_rate_with_error(judged["after"], judged["before"])
-            s["kl_per_token"] = sum(a["kl"] for a in answers) / sum(a["tokens"] for a in answers)
-            s["kl_per_sequence"] = mean([a["kl"] for a in answers])
+            s |= {"win_before": win("after", "before"), "win_before_equal": equal("after", "before")}
+            s["kl_per_token"] = ratio_with_error([(a["kl"], a["tokens"]) for a in answers], groups)
+            s["kl_per_sequence"] = average([a["kl"] for a in answers])
         if is_toy(records):
-            s |= {"annotator": mean(judged[name])} | facts(records, name)
+            s |= {"annotator": average(judged[name])} | facts(records, name)
         summary[name] = s
     return summary
 
@@ -209,20 +284,23 @@ def summarise(records):
 def facts(records, name):
     """Factual precision of a system's answers in the toy world: by fame, and by what the demonstrations taught."""
     counts = [world.check_facts(r["instruction"], r[name]["text"]) for r in records]
-    famous = [world.parse(r["instruction"]).person.famous for r in records]
-    found = {"facts": mean([c.stated for c in counts]), "no_facts": mean([c.stated == 0 for c in counts])}
+    people = [world.parse(r["instruction"]).person for r in records]
+    average = lambda values: ratio_with_error([(v, 1) for v in values], [p.name for p in people])
+    found = {"facts": average([c.stated for c in counts]), "no_facts": average([c.stated == 0 for c in counts])}
     for key, fame in (("famous", True), ("obscure", False)):
-        group = [c for c, f in zip(counts, famous) if f == fame]
-        found[f"precision_{key}"] = ratio_with_error([(c.supported, c.stated) for c in group])
-    group = [c for c, f in zip(counts, famous) if not f]
-    found["precision_taught"] = ratio_with_error([(c.taught_supported, c.taught_stated) for c in group])
-    found["precision_untaught"] = ratio_with_error([(c.supported - c.taught_supported, c.stated - c.taught_stated) for c in group])
-    found["untaught_share"] = ratio_with_error([(c.stated - c.taught_stated, c.stated) for c in group])
+        group = [c for c, p in zip(counts, people) if p.famous == fame]
+        names = [p.name for p in people if p.famous == fame]
+        found[f"precision_{key}"] = ratio_with_error([(c.supported, c.stated) for c in group], names)
+    found["precision_taught"] = ratio_with_error([(c.taught_supported, c.taught_stated) for c in group], names)
+    untaught = [(c.supported - c.taught_supported, c.stated - c.taught_stated) for c in group]
+    found["precision_untaught"] = ratio_with_error(untaught, names)
+    found["untaught_share"] = ratio_with_error([(c.stated - c.taught_stated, c.stated) for c in group], names)
     return found
 
 
 ROWS = (("reward model's score", "score", "{:+.2f}"), ("annotators' score", "annotator", "{:+.2f}"),
-        ("win rate against the reference", "win_reference", "{:.1%}"), ("win rate against SFT", "win_before", "{:.1%}"),
+        ("win rate against the reference", "win_reference", "{:.1%}"), ("  - at equal length", "win_reference_equal", "{:.1%}"),
+        ("win rate against SFT", "win_before", "{:.1%}"), ("  - at equal length", "win_before_equal", "{:.1%}"),
         ("KL from SFT, nats per token", "kl_per_token", "{:.3f}"), ("KL from SFT, nats per answer", "kl_per_sequence", "{:.1f}"),
         ("length, tokens", "tokens", "{:.1f}"), ("answers that end (EOS)", "eos_rate", "{:.1%}"),
         ("facts stated per answer", "facts", "{:.1f}"), ("factual precision, famous people", "precision_famous", "{:.1%}"),
@@ -233,13 +311,16 @@ ROWS = (("reward model's score", "score", "{:+.2f}"), ("annotators' score", "ann
         ("answers that state no fact", "no_facts", "{:.1%}"))
 
 
+def with_se(x, form):
+    """value +-standard error"""
+    return f"{form.format(x['value'])} +-{form.format(x['se']).lstrip('+')}"
+
+
 def table(summary):
     """The summary as text: a row per quantity, a column per system, standard errors behind +-."""
     def cell(name, key, form):
         x = summary[name].get(key)
-        if isinstance(x, dict):
-            return f"{form.format(x['value'])} +-{form.format(x['se'])}" if x["value"] == x["value"] else "none stated"
-        return "" if x is None else form.format(x)
+        return "" if x is None else with_se(x, form) if x["value"] == x["value"] else "none stated"
 
     lines = [f"{'':38}{'reference':>18}{'SFT (before)':>18}{'PPO (after)':>18}"]
     for label, key, form in ROWS:
@@ -262,6 +343,240 @@ def report(folder):
     for r in [records[len(records) * k // 7] for k in (1, 4, 6)]:
         lines += [f"> {r['instruction']}", f"  before: {r['before']['text']}", f"  after:  {r['after']['text']}", ""]
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------- several runs: outcomes, table, figures
+
+TRAINING = (("score", "reward model's score"), ("kl_per_token", "KL from SFT, nats per token"),
+            ("entropy", "entropy, nats per token"), ("clip_frac", "share of tokens clipped"), ("explained_variance", "explained variance of returns"),
+            ("length", "length, tokens"), ("eos_rate", "share of answers that end"))
+INPUTS = ("stage", "seed", "model", "reward", "tokenizer", "prompts")      # settings that do not make another variant
+
+
+def read_lines(path):
+    """Rows of a JSONL file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def outcome(folder):
+    """What a PPO run folder tells, small enough to be committed: its settings; `curve`, the evaluation at each step that has
+    one (step 0 is SFT); `training`, some columns of metrics.jsonl; `wins`, per group of prompts [n, wins against the
+    reference, against SFT]."""
+    folder = Path(folder)
+    settings, evals = read_json(folder / "config.json").get("run") or {}, read_lines(folder / "evals.jsonl")
+    if settings.get("stage") != "ppo":
+        raise ValueError(f"{folder}/config.json does not describe a PPO run")
+    metrics = read_lines(folder / "metrics.jsonl")
+    records = read_json(folder / "eval.json")["records"] if (folder / "eval.json").is_file() else []
+    if records and not (evals and evals[-1]["step"] == settings["steps"]):
+        evals.append({"step": settings["steps"]} | summarise(records))
+    curve = [{"step": row["step"]} | row["after"] for row in evals]
+    if evals:
+        by_definition = {"win_before": 0.5, "win_before_equal": 0.5, "kl_per_token": 0.0, "kl_per_sequence": 0.0}
+        curve.insert(0, {"step": 0} | {k: {"value": v, "se": 0.0} for k, v in by_definition.items()} | evals[-1]["before"])
+    shown = [row for i, row in enumerate(metrics) if i % 4 == 0 or i == len(metrics) - 1]
+    return compact({"seed": settings["seed"], "settings": settings, "wins": wins(records), "curve": curve,
+                    "reference": evals[-1]["reference"] if evals else {},
+                    "training": {key: [row[key] for row in shown] for key in ("step", *dict(TRAINING))}})
+
+
+def wins(records):
+    """Per group of prompts [how many, wins against the reference, wins against SFT]; a draw is half."""
+    judged, table = {name: judge(records, name) for name in SYSTEMS}, {}
+    against = [outcomes(judged["after"], judged[name]) for name in ("reference", "before")]
+    for group, *won in zip(groups_of(records), *against):
+        table[str(group)] = [a + b for a, b in zip(table.get(str(group), (0, 0, 0)), (1, *won))]
+    return table
+
+
+def compact(x):
+    """Numbers to four digits, errors without their intervals, which follow from them."""
+    if isinstance(x, dict):
+        return {k: compact(v) for k, v in x.items() if not ("se" in x and k in ("low", "high"))}
+    return [compact(v) for v in x] if isinstance(x, (list, tuple)) else float(f"{x:.4g}") if isinstance(x, float) else x
+
+
+def load_outcomes(paths):
+    """PPO run folders, outcomes as toy/study.py writes them, folders of such -> {variant: outcomes, one per seed}."""
+    found = []
+    for path in map(Path, paths):
+        if (path / "config.json").is_file():
+            found.append(outcome(path))
+        else:
+            found += [read_json(p) for p in (sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else [])]
+    if not found or not all(isinstance(o, dict) and "curve" in o for o in found):
+        raise ValueError(f"{', '.join(map(str, paths))}: expected PPO run folders, or outcomes that toy/study.py has written")
+    variants, settings = {}, [o["settings"] for o in found]
+    differ = [k for k in settings[0] if k not in INPUTS and len({str(x.get(k)) for x in settings}) > 1]
+    for o in sorted(found, key=lambda o: (o.get("order", 0), o["seed"])):
+        name = o.get("variant") or ", ".join(f"{k} {o['settings'].get(k)}" for k in differ) or o["settings"]["regularizer"]
+        variants.setdefault(name, []).append(o)
+    return variants
+
+
+UNKNOWN = {"value": float("nan"), "se": float("nan")}
+
+
+def series(runs, x, y):
+    """Points of one variant over its seeds: [(mean of x, y with its error)], one per step that every seed was evaluated at."""
+    rows = [{row["step"]: row for row in o["curve"]} for o in runs]
+    steps = sorted(set.intersection(*map(set, rows)))
+    return [(mean([s if x == "step" else r[s][x]["value"] for r in rows]), over_seeds([r[s].get(y, UNKNOWN) for r in rows]))
+            for s in steps]
+
+
+def difference(runs, others, column):
+    """Win rate of one variant minus that of another, paired by seed and prompt: column 1 against the reference, 2 against SFT.
+    None where no seed has both."""
+    by_seed, results = {o["seed"]: o["wins"] for o in others}, []
+    for o in runs:
+        a, b = o["wins"], by_seed.get(o["seed"], {})
+        if a and a.keys() == b.keys():
+            results.append(ratio_with_error([(a[g][column] - b[g][column], a[g][0]) for g in a]))
+    return over_seeds(results) if results else None
+
+
+COLUMNS = (("vs reference", "win_reference", "{:.1%}"), ("equal length", "win_reference_equal", "{:.1%}"),
+           ("vs SFT", "win_before", "{:.1%}"), ("equal length", "win_before_equal", "{:.1%}"), ("KL/token", "kl_per_token", "{:.3f}"), ("tokens", "tokens", "{:.1f}"),
+           ("gold", "annotator", "{:.2f}"), ("proxy", "score", "{:.2f}"), ("famous", "precision_famous", "{:.1%}"),
+           ("obscure", "precision_obscure", "{:.1%}"), ("no facts", "no_facts", "{:.1%}"))
+
+
+def study_table(variants, base):
+    """A row per variant at its last step: mean over seeds +- standard error (over_seeds), and the difference from `base`."""
+    def cell(x, form):
+        return with_se(x, form) if x and x["value"] == x["value"] else "-"
+
+    width = max(map(len, variants)) + 2
+    lines = ["mean over seeds +- standard error, of prompts and seeds (one seed: of prompts alone); the last column is the win "
+             f"rate against the reference less that of {base!r}, paired by prompt", "",
+             f"{'':{width}}{'seeds':>5}" + "".join(f"{label:>16}" for label, *_ in COLUMNS) + f"{'minus ' + base:>22}"]
+    for name, runs in variants.items():
+        cells = [cell(over_seeds([(o["curve"] or [{}])[-1].get(key, UNKNOWN) for o in runs]), form) for _, key, form in COLUMNS]
+        minus = cell(difference(runs, variants[base], 1), "{:+.1%}") if name != base else ""
+        lines.append(f"{name:{width}}{len(runs):>5}" + "".join(f"{c:>16}" for c in cells) + f"{minus:>22}")
+    return "\n".join(lines)
+
+
+WIN, KL = "win rate against the reference", "KL from SFT, nats per token (over the vocabulary)"
+FIGURES = (      # file, group of variants, title, key and label of x, (key, label) of each panel's y
+    ("win_steps", "regularizer", "Win rate over training", ("step", "PPO step"), (("win_reference", WIN),)),
+    ("win_kl", "regularizer", "Win rate against distance from SFT", ("kl_per_token", KL), (("win_reference", WIN),)),
+    ("precision_kl", "lora_full", "Factual precision, LoRA and full fine-tuning", ("kl_per_token", KL),
+     (("precision_famous", "supported / stated facts, famous people"),
+      ("precision_obscure", "supported / stated facts, obscure people"))),
+    ("scores_kl", "regularizer", "What PPO maximises, and what it stands for", ("kl_per_token", KL),
+     (("score", "proxy: reward model's score"), ("annotator", "gold: annotators' score"))))
+
+
+def figure_data(variants):
+    """-> per figure (file, title, label of x, {label of y: {variant: points}}). Variants that say which figures they belong
+    to (toy/study.py's do) are in those, any other in all; a figure for which the data say nothing is left out."""
+    for file, group, title, (x, x_label), ys in FIGURES:
+        chosen = {name: runs for name, runs in variants.items() if group in runs[0].get("groups", [group])}
+        told = lambda y: [name for name in chosen if any(y in row for row in chosen[name][0]["curve"])]
+        panels = {y_label: {name: series(chosen[name], x, y) for name in told(y)} for y, y_label in ys}
+        if all(panels.values()):
+            yield file, title, x_label, panels
+
+
+def figure_text(figures):
+    """The numbers of the figures, for where there is no matplotlib."""
+    lines = []
+    for _, title, x_label, panels in figures:
+        for y_label, drawn in panels.items():
+            lines += ["", f"{title}: {y_label} against {x_label}; 95 % interval"]
+            for name, points in drawn.items():
+                lines += [f"  {name:32} {x:8.3f}  {y['value']:8.3f}  {y['low']:8.3f} to {y['high']:8.3f}" for x, y in points]
+    return "\n".join(lines)
+
+
+# Okabe and Ito's colours, which colour-blind people tell apart, each with a marker of its own (jfly.uni-koeln.de/color)
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#777777")
+MARKERS = "osD^vPX*<>ph"
+
+
+def draw(axis, points, i, name=None, band=False):
+    """One variant: markers, a line, and the 95 % intervals as a band or as bars (along KL a curve can turn back)."""
+    colour, x, values = COLOURS[i % len(COLOURS)], [p for p, _ in points], [y["value"] for _, y in points]
+    axis.plot(x, values, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5,
+              linestyle="-" if i < len(COLOURS) else "--", linewidth=1.3, label=name)
+    low, high = [y["low"] for _, y in points], [y["high"] for _, y in points]
+    if band:
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    else:
+        axis.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
+
+
+def draw_over_steps(plt, title, x_label, y_label, drawn):
+    """A panel per variant, the others in grey behind it: bands of ten variants in one panel would hide each other."""
+    columns = min(4, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns + 1.2, 2.6 * rows + 1),
+                                sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(drawn):]:
+        axis.set_visible(False)
+    for i, (axis, name) in enumerate(zip(axes.flat, drawn)):
+        for other in drawn:
+            axis.plot([x for x, _ in drawn[other]], [y["value"] for _, y in drawn[other]], color="#999999", linewidth=0.6)
+        draw(axis, drawn[name], i, band=True)
+        axis.set_title(f"{name} (n {drawn[name][0][1]['seeds']})", fontsize=10)
+        axis.xaxis.set_tick_params(labelbottom=True)
+    figure.supxlabel(x_label), figure.supylabel(y_label)
+    figure.suptitle(f"{title}; band: 95 % interval, n: seeds, grey: the other variants", fontsize=11)
+    return figure
+
+
+def draw_panels(plt, title, x_label, panels):
+    """A panel per quantity, all variants in it, one legend beside them."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 2.6, 4.8), squeeze=False, layout="constrained")
+    for axis, (y_label, drawn) in zip(axes[0], panels.items()):
+        for i, (name, points) in enumerate(drawn.items()):
+            draw(axis, points, i, f"{name} (n {points[0][1]['seeds']})")
+        axis.set_xlabel(x_label), axis.set_ylabel(y_label)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle(f"{title}; bars: 95 % interval, n: seeds", fontsize=11)
+    return figure
+
+
+def draw_training(plt, name, run):
+    """The training curves of one run, from its metrics."""
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.4), layout="constrained")
+    axes.flat[-1].set_visible(False)
+    for axis, (key, label) in zip(axes.flat, TRAINING):
+        axis.plot(run["training"]["step"], run["training"][key], color=COLOURS[4])
+        axis.set_title(label, fontsize=10), axis.set_xlabel("PPO step")
+    figure.suptitle(f"Training of {name}, seed {run['seed']}", fontsize=11)
+    return figure
+
+
+def training_text(name, run):
+    """The numbers of draw_training."""
+    rows = zip(*(run["training"][key] for key in ("step", *dict(TRAINING))))
+    return "\n".join(["", f"Training of {name}, seed {run['seed']}", "".join(f"{key:>20}" for key in ("step", *dict(TRAINING)))]
+                     + ["".join(f"{x:>20.4g}" for x in row) for row in rows])
+
+
+def write_figures(variants, folder):
+    """Draw every figure that the data allow; without matplotlib print the same numbers. The first variant's first run gives
+    the training curves."""
+    name, runs = next(iter(variants.items()))
+    figures = list(figure_data(variants))
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print(figure_text(figures) + "\n" + training_text(name, runs[0]))
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    drawn = {"training": draw_training(plt, name, runs[0])}
+    for file, title, x, panels in figures:
+        one = file == "win_steps"      # (bands, and so a panel per variant)
+        drawn[file] = draw_over_steps(plt, title, x, *next(iter(panels.items()))) if one else draw_panels(plt, title, x, panels)
+    for file, figure in drawn.items():
+        figure.savefig(Path(folder) / f"{file}.png", dpi=110)
+        print(Path(folder) / f"{file}.png")
 
 
 # ------------------------------------------------------------------------------------- answers to files of instructions
@@ -496,9 +811,18 @@ def command_recover(args):
 
 
 def command_table(args):
-    for folder in args.runs:
-        print(folder)
-        print(report(folder))
+    if len(args.runs) == 1 and (Path(args.runs[0]) / "config.json").is_file():
+        print(report(args.runs[0]))
+        return
+    variants = load_outcomes(args.runs)
+    base = args.base or next(iter(variants))
+    if base not in variants:
+        raise ValueError(f"--base {base}: the variants are {', '.join(variants)}")
+    print(study_table(variants, base))
+
+
+def command_figures(args):
+    write_figures(load_outcomes(args.runs), args.out)
 
 
 def add_decoding(p):
@@ -530,8 +854,13 @@ def build_parser():
         p.set_defaults(command=function)
         return p
 
-    p = command("table", command_table, "the table of finished runs")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="PPO run folder, such as runs/toy/ppo")
+    data = "PPO run folder, such as runs/toy/ppo, or study data, such as toy/study"
+    p = command("table", command_table, "the table of a finished run; of several a row per variant")
+    p.add_argument("runs", nargs="+", metavar="RUN", help=data)
+    p.add_argument("--base", help="variant that the others' win rates are compared with, paired (default: the first)")
+    p = command("figures", command_figures, "pictures of runs; without matplotlib their numbers")
+    p.add_argument("runs", nargs="+", metavar="RUN", help=f"{data} (train.py's --eval_every gives the curves)")
+    p.add_argument("--out", default="figures", metavar="FOLDER", help="where the pictures go (default: figures)")
     p = command("generate", command_generate, "answer one instruction or a file of them")
     add_decoding(p)
     source = p.add_mutually_exclusive_group(required=True)

@@ -11,6 +11,8 @@ Legend   B batch, R response tokens, V vocabulary; p the policy, q the reference
     jensen_shannon         (r log(2r/(1+r)) + log(2/(1+r))) / 2        JS(p, q)                    yes
     jensen_shannon_paper   log(2/(1+exp(-|d|))) / 2                    neither JS nor quadratic    yes, <= log(2)/2
 
+Written out, with sums over the vocabulary: clamped_kl has the expectation sum of p log(p/q) over the tokens with p > q,
+squared_error sum p (log p - log q)^2 / 2, jensen_shannon_paper sum p log(2 max(p, q) / (p + q)) / 2.
 k1, k2, k3 are Schulman's names (joschu.net/blog/kl-approx.html, 2020).
 
 Two ways to use a divergence, which are not the same:
@@ -21,12 +23,17 @@ Two ways to use a divergence, which are not the same:
   keeps (by enumeration in tests/test_regularizers.py, V = 200, token KL 0.1): k1 1.00, clamped about .6, k2, k3 and paper-JS
   below .2, unbiased JS about 0; second digits depend on how the logits are spread.
   So most "other regularisers" in the reward are close to none at all.
-* in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one.
+* in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one (of KL with respect
+  to a logit: p (log p - log q - KL)).
+The other two combinations are refused. An exact divergence in the reward is the same number whichever token is drawn: its
+own-token gradient is 0. A sampled form in the loss has a derivative, but not the divergence's: k1's is 0 on average, k3's
+that of KL(q || p).
 
 Departures from the paper's code: its Jensen-Shannon (kept as jensen_shannon_paper) is linear in d near 0, where JS is
-quadratic; its forms took exp(logprob) first and were inf or NaN near -110. Here everything stays in log space, and the
-difference of nearly equal terms is taken in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is
-clamped: for d below -88, k3 and JS overflow float32, and the run stops and says so.
+quadratic; its bregman has p/q where k3 has q/p, exp(d) - 1 - d, whose mean under p is not KL; its forms took exp(logprob)
+first and were inf or NaN near -110. Here everything stays in log space, and the difference of nearly equal terms is taken
+in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is clamped: for d below -88, k3 and JS overflow
+float32, and the run stops and says so.
 """
 import math
 

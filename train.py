@@ -48,6 +48,7 @@ from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_
                     load_trunk, save_policy, save_reward_model, training_memory)
 
 STAGES = ("sft", "reward", "ppo")
+PAPER_COMPAT = ("reuse_minibatch", "whiten_shift")
 HERE = os.path.relpath(Path(__file__).resolve().parent)
 
 
@@ -121,9 +122,16 @@ class Config:
     regularizer: str = knob("kl", "penalty for leaving the reference", choices=("none", *dict.fromkeys(SAMPLED + EXACT)))
     regularizer_mode: str = knob("reward", "charge the sampled penalty to the reward, or add the exact one to the loss",
                                  choices=("reward", "loss"))
+    divergence: str = knob("", "sampled: a number per drawn token; exact: a sum over the vocabulary, differentiable "
+                               "(default: what --regularizer_mode needs)", choices=("", "sampled", "exact"))
     kl_coef: float = knob(0.02, "weight of the penalty (negative: pays for leaving)")
     kl_target: float = knob(0.0, "true KL per sequence, nats, that the weight is steered to (0: the weight is fixed)", low=0)
     kl_horizon: float = knob(10000.0, "sequences over which that steering acts", low=1)
+    paper_compat: str = knob("", "dynamics of the paper's code where they differ, a comma list: reuse_minibatch (each optimiser "
+                                 "step takes the gradient of an eighth of a minibatch, 8 times), whiten_shift (whitened rewards "
+                                 "get their mean back); its dropout is --lora_dropout 0.1, its Jensen-Shannon --regularizer "
+                                 "jensen_shannon_paper; padding in the statistics, bf16 adapters and re-tokenised text are not "
+                                 "carried")
     missing_eos_penalty: float = knob(1.0, "subtracted from the score of a response that has no EOS")
     eval_every: int = knob(0, "PPO steps between evaluations (0: only at the end)", low=0)
     eval_drop_long: bool = knob(False, "leave out evaluation rows that do not fit the model (default: refuse them)")
@@ -140,6 +148,8 @@ class Config:
         if self.rollout_batch % self.minibatch:
             raise ValueError(f"--rollout_batch {self.rollout_batch} is not a multiple of --minibatch {self.minibatch}: "
                              f"try {self.minibatch} or {self.minibatch * (self.rollout_batch // self.minibatch + 1)}")
+        self.check_divergence()
+        self.check_paper_compat()
         allowed = ("none", *(SAMPLED if self.regularizer_mode == "reward" else EXACT))
         if self.regularizer not in allowed:
             raise ValueError(f"--regularizer {self.regularizer} with --regularizer_mode {self.regularizer_mode}: the reward "
@@ -159,6 +169,27 @@ class Config:
             raise ValueError(f"--reward goes with --stage ppo: --stage {self.stage} would not use it")
         if self.model and Path(self.out).resolve() in (Path(self.model).resolve(), Path(self.reward or "-").resolve()):
             raise ValueError(f"--out {self.out} is the folder of an input: choose another one")
+
+    def check_divergence(self):
+        """The reward takes sampled penalties, the loss exact ones; an empty --divergence becomes the one that fits."""
+        fitting = "sampled" if self.regularizer_mode == "reward" else "exact"
+        if self.divergence == "exact" and fitting == "sampled":
+            raise ValueError("--divergence exact with --regularizer_mode reward: a sum over the vocabulary is the same whichever "
+                             "token is drawn, so the baseline cancels it and it has no gradient: --regularizer_mode loss")
+        if self.divergence == "sampled" and fitting == "exact":
+            raise ValueError("--divergence sampled with --regularizer_mode loss: the derivative of a one-sample form is not the "
+                             "divergence's gradient (k1's is 0 on average): --divergence exact, or --regularizer_mode reward")
+        object.__setattr__(self, "divergence", fitting)
+
+    def check_paper_compat(self):
+        """Only known switches, and none beside a setting that it contradicts."""
+        unknown = [name for name in self.compat if name not in PAPER_COMPAT]
+        if unknown:
+            raise ValueError(f"--paper_compat {unknown[0]!r} is not one of {', '.join(PAPER_COMPAT)}")
+        if "whiten_shift" in self.compat and self.whiten_rewards:
+            raise ValueError("--whiten_rewards scales only, --paper_compat whiten_shift re-adds the mean: give one of them")
+        if "reuse_minibatch" in self.compat and self.minibatch % 8:
+            raise ValueError(f"--paper_compat reuse_minibatch takes eighths of --minibatch: {self.minibatch} is not a multiple of 8")
 
     def folder(self, stage):
         """Where a stage writes: --out itself for a single stage with --model, else a folder of its own in it."""
@@ -180,9 +211,20 @@ class Config:
         return getattr(torch, name)
 
     @property
-    def divergence(self):
+    def loss_divergence(self):
         """Name of the exact divergence in the loss, or None."""
-        return self.regularizer if self.regularizer_mode == "loss" and self.regularizer != "none" else None
+        return self.regularizer if self.divergence == "exact" and self.regularizer != "none" else None
+
+    @property
+    def compat(self):
+        """The switches of --paper_compat."""
+        return [name for name in self.paper_compat.split(",") if name]
+
+    @property
+    def step_batch(self):
+        """Responses per optimiser step. The paper's code adds the gradient of the same 16 sequences 8 times, clipping after
+        each, where a minibatch of 128 was meant: that is 8 times this one gradient, clipped once."""
+        return self.minibatch // 8 if "reuse_minibatch" in self.compat else self.minibatch
 
 
 TOY_MODEL = LlamaConfig(vocab_size=960, dim=128, n_layers=3, n_heads=4, ffn_dim=352, norm_eps=1e-5, max_seq_len=256,
@@ -202,8 +244,8 @@ READ_BY = {      # the settings that decide what a stage's result is; a run fold
     "reward": (*SHARED, "preference_data", "preference_test", "max_len", "beta2", *(f.name for f in fields(Config) if f.name.startswith("reward_"))),
     "ppo": (*SHARED, "reward", "prompts", "steps", "rollout_batch", "minibatch", "ppo_epochs", "prompt_len", "response_len",
             "lr", "warmup_steps", "lora_rank", "lora_alpha", "lora_dropout", "gamma", "lam", "clip", "value_clip",
-            "vf_coef", "whiten_rewards", "regularizer", "regularizer_mode", "kl_coef", "kl_target", "kl_horizon",
-            "missing_eos_penalty")}
+            "vf_coef", "whiten_rewards", "regularizer", "regularizer_mode", "divergence", "paper_compat", "kl_coef",
+            "kl_target", "kl_horizon", "missing_eos_penalty")}
 ALIASES = ("lr", "steps", "lora_rank", "lora_alpha", "lora_dropout")      # --lr with --stage sft means --sft_lr
 
 
@@ -664,24 +706,26 @@ def with_advantages(cfg, rollout, kl_coef):
     """Penalty -> rewards per token -> GAE -> whitened advantages, over the global batch. -> Rollout, penalty (B, R)."""
     mask, penalty = rollout.response_mask, torch.zeros_like(rollout.logprobs)
     scores = torch.where(rollout.finished, rollout.scores, rollout.scores - cfg.missing_eos_penalty)
-    if cfg.regularizer != "none" and cfg.regularizer_mode == "reward":
+    if cfg.regularizer != "none" and cfg.divergence == "sampled":
         penalty = torch.where(mask, sampled(cfg.regularizer, rollout.logprobs, rollout.ref_logprobs), 0.0)
     rewards = shape_rewards(scores, penalty, mask, kl_coef)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
+    if "whiten_shift" in cfg.compat:      # departure 3: whatever the answer, each of its tokens is paid (or charged) the mean
+        rewards = torch.where(mask, whiten(rewards, mask) + masked_mean(rewards, mask), 0.0)
     advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam)
     return replace(rollout, advantages=whiten(advantages, mask), returns=returns), penalty
 
 
 def ppo_loss(cfg, ddp, rows, kl_coef):
     """Clipped policy loss + vf_coef * clipped value loss (+ kl_coef * exact divergence, in loss mode) of a micro-batch."""
-    out = ddp(rows.tokens, rows.prompt_lengths, rows.response_lengths, divergence=cfg.divergence)
+    out = ddp(rows.tokens, rows.prompt_lengths, rows.response_lengths, divergence=cfg.loss_divergence)
     mask = rows.response_mask
     loss, stats = policy_loss(out.logprobs, rows.logprobs, rows.advantages, mask, cfg.clip)
     v_loss, value_stats = value_loss(out.values, rows.values, rows.returns, mask, cfg.value_clip)
     stats |= value_stats | {"policy_loss": loss.detach(), "value_loss": v_loss.detach()}
     loss = loss + cfg.vf_coef * v_loss
-    if cfg.divergence:
+    if cfg.loss_divergence:
         loss = loss + kl_coef * masked_mean(out.divergence, mask)
     return loss, stats
 
@@ -689,14 +733,15 @@ def ppo_loss(cfg, ddp, rows, kl_coef):
 def update(cfg, step, ddp, optimizer, rollout, kl_coef):
     """ppo_epochs passes over the rollout batch, one optimiser step per minibatch. -> statistics, means over tokens.
 
-    A minibatch is a slice of one global permutation; each process takes an even share of it.
+    A minibatch is a slice of one global permutation; each process takes an even share of it. (--paper_compat
+    reuse_minibatch: see Config.step_batch.)
     """
     lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
     table, norms, device = [], [], ddp.module.policy.device        # table: a row of statistics per micro-batch
     ddp.train()
     for epoch in range(cfg.ppo_epochs):
         order = list(permutation(cfg.rollout_batch, f"{cfg.seed} {step}", epoch))
-        for minibatch in chunks(order, cfg.minibatch):
+        for minibatch in chunks(order, cfg.step_batch):
             n_global = int(rollout.response_lengths[minibatch].sum())
             micro_batches = chunks(share(minibatch, lengths.__getitem__), cfg.micro_batch)
             for i, index in enumerate(micro_batches):
@@ -705,7 +750,7 @@ def update(cfg, step, ddp, optimizer, rollout, kl_coef):
                 n = int(rows.response_lengths.sum())
                 with gradients_travel(ddp, i == len(micro_batches) - 1):
                     loss, stats = ppo_loss(cfg, ddp, rows, kl_coef)
-                    (loss * token_weight(n, n_global)).backward()
+                    (loss * token_weight(n, n_global) * (cfg.minibatch // cfg.step_batch)).backward()
                 table.append({"optimizer_step": len(norms), "tokens": n} | {k: float(v) for k, v in stats.items()})
             norms.append({f"{name}_grad_norm": clip_gradients(parameters, cfg.max_grad_norm, step, name)
                           for name, parameters in actor_and_critic_parameters(ddp.module).items()})
@@ -788,7 +833,7 @@ def ppo(run, inputs, device, stopper):
         checkpoint = run.open()
     first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
     kl_coef, start = checkpoint["kl_coef"] if checkpoint else cfg.kl_coef, time.time()
-    ddp = wrap(net, device).eval()
+    ddp, records = wrap(net, device).eval(), None
     for step in range(first + 1, cfg.steps + 1):
         t0 = time.time()
         rollout, gap = collect(cfg, step, net, reward_model, inputs)                               # 1. sample and score
@@ -810,10 +855,11 @@ def ppo(run, inputs, device, stopper):
         if step == 1 or step % 10 == 0:
             log_samples(run, step, rollout, inputs.tokenizer)
         if cfg.eval_every and step % cfg.eval_every == 0 and inputs.eval_rows:
-            summary = summarise(evaluation(cfg, inputs, net, reward_model))
+            records = evaluation(cfg, inputs, net, reward_model, records)
+            summary = summarise(records)
             run.append("evals.jsonl", {"step": step} | summary)
             say(f"{'':10} evaluation: won {summary['after']['win_before']['value']:.1%} +-"
-                f"{summary['after']['win_before']['se']:.1%} against SFT, score {summary['after']['score']:+.2f}")
+                f"{summary['after']['win_before']['se']:.1%} against SFT, score {summary['after']['score']['value']:+.2f}")
         stopping = stopper.asked(device)
         if step % cfg.save_every == 0 or stopping:
             run.save_checkpoint(step, parameters, optimizer, kl_coef=kl_coef)
@@ -835,11 +881,13 @@ def log_samples(run, step, rollout, tokenizer, n=4):
                                      "response": tokenizer.decode_response(ids[begin:]), "score": rollout.scores[i].item()})
 
 
-def evaluation(cfg, inputs, net, reward_model):
-    """Answers to the evaluation instructions before and after PPO, each process a share (eval.py). -> records, in order."""
+def evaluation(cfg, inputs, net, reward_model, earlier=None):
+    """Answers to the evaluation instructions before and after PPO, each process a share (eval.py). -> records, in order.
+
+    earlier: what an evaluation at an earlier step returned; what the SFT model and the reference say has not changed."""
     mine = range(rank(), len(inputs.eval_rows), world_size())
     records = evaluate(net, reward_model, inputs.tokenizer, [inputs.eval_rows[i] for i in mine], mine, cfg.response_len,
-                       cfg.eval_temperature, cfg.seed, cfg.micro_batch)
+                       cfg.eval_temperature, cfg.seed, cfg.micro_batch, earlier and [earlier[i] for i in mine])
     return sorted(sum(gather(records), []), key=lambda r: r["index"])
 
 
@@ -945,9 +993,12 @@ def missing_setting(cfg, name):
 
 def check_processes(cfg, stages):
     """Every batch must split evenly over the processes."""
-    names = {"sft": ("sft_batch",), "reward": ("reward_batch",), "ppo": ("minibatch", "rollout_batch")}
+    names = {"sft": ("sft_batch",), "reward": ("reward_batch",), "ppo": ("minibatch", "rollout_batch", "step_batch")}
     for name in (n for s in stages for n in names.get(s, ())):
         if getattr(cfg, name) % world_size():
+            if name == "step_batch":
+                raise ValueError(f"an eighth of --minibatch {cfg.minibatch} does not split over {world_size()} processes: try "
+                                 f"{-(-cfg.step_batch // world_size()) * world_size() * 8}")
             unit = math.lcm(world_size(), cfg.minibatch) if name == "rollout_batch" and cfg.minibatch % world_size() == 0 else world_size()
             raise ValueError(f"--{name} {getattr(cfg, name)} does not split over {world_size()} processes: try "
                              f"{-(-getattr(cfg, name) // unit) * unit}")

@@ -343,6 +343,17 @@ def test_sampled_forms_as_a_loss_descend_something_else_than_they_measure(name, 
     assert torch.allclose(got, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_an_exact_divergence_in_the_reward_would_push_nowhere(name):
+    """Why that combination is refused. A sum over the vocabulary is one number for the state, whichever token is drawn: its
+    policy gradient, the sum over y of p(y) f grad log p(y), is f times the gradient of 1."""
+    values, ref_logits = pair(50, seed=2)
+    logits = values.clone().requires_grad_()
+    logp, f = logits.log_softmax(-1), exact(name, values[None, None], ref_logits[None, None]).item()
+    gradient, = torch.autograd.grad((logp.exp().detach() * f * logp).sum(), logits)
+    assert f > 0.05 and gradient.abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("moved", ["reference", "policy"])
 def test_in_the_reward_only_kl_gives_the_gradient_of_kl(moved):
     """The paper's "other regularisers", as penalties in the reward, hardly pull towards the reference. The coefficient

@@ -248,6 +248,40 @@ def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path,
     assert metrics(tmp_path / "ppo")[0]["policy_grad_norm"] > 1e-4
 
 
+def test_reusing_a_minibatch_takes_eight_times_as_many_steps(tiny, tmp_path, one_process):
+    """--paper_compat reuse_minibatch. The paper's code adds the gradient of the same 16 sequences 8 times and clips to norm 1
+    after each: gradients small and large end as 8 times that gradient, clipped once. So 16 responses are one optimiser
+    step where 128 were meant: here 2 of 16, 2 epochs, 16 steps instead of 2, with gradients 8 times as long."""
+    for size in (0.01, 0.1, 3.0, 100.0):
+        reused = torch.zeros(2)
+        for _ in range(8):
+            reused += torch.tensor([0.6, 0.8]) * size
+            reused *= (1 / reused.norm()).clamp(max=1)
+        assert reused.norm().item() == pytest.approx(min(8 * size, 1), rel=1e-5)
+    norms = {}
+    for compat, steps in (("", 2), ("reuse_minibatch", 16)):
+        cfg = train.parse(ppo_flags(tiny, tmp_path / f"ppo{steps}", steps=1, rollout_batch=16, minibatch=16, paper_compat=compat))
+        train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), one_process, train.Stopper())
+        assert metrics(tmp_path / f"ppo{steps}")[0]["optimizer_steps"] == steps
+        norms[steps] = metrics(tmp_path / f"ppo{steps}")[0]["critic_grad_norm"]
+    assert norms[16] > 4 * norms[2]
+
+
+def test_whitening_that_shifts_pays_every_token_the_mean():
+    """--paper_compat whiten_shift. Two answers that score 4, of one and of two tokens, rewards (4) and (0, 4): mean 8/3, standard
+    deviation sqrt(32/9). Scaled only, both return 4 / 1.886 = 2.121. With the mean taken off, scaled and put back, the last
+    token of each gets 1.333 / 1.886 + 2.667 = 3.374, the other -2.667 / 1.886 + 2.667 = 1.252: two tokens return 4.626, and
+    the same score is worth more because the answer is longer."""
+    rollout = Rollout(torch.ones(2, 3).long(), torch.ones(2).long(), torch.tensor([1, 2]), torch.tensor([True, True]),
+                      torch.tensor([4.0, 4.0]), *torch.zeros(5, 2, 2))
+    returns = {}
+    for name, flags in (("scaled", ["--whiten_rewards"]), ("shifted", ["--paper_compat=whiten_shift"])):
+        cfg = train.parse([*flags, "--regularizer=none", "--lam=1"])
+        returns[name] = train.with_advantages(cfg, rollout, 0.0)[0].returns[:, 0].tolist()
+    assert returns["scaled"] == pytest.approx([2.121, 2.121], abs=1e-3)
+    assert returns["shifted"] == pytest.approx([3.374, 4.626], abs=1e-3)
+
+
 def test_learning_rate_is_never_zero():
     """Warm-up 1/5, 2/5 .. 1 over 5 steps, then down linearly to 1/776 of the peak at the last of 781."""
     rates = [train.learning_rate(s, 781, 5, 1.0, "linear") for s in range(1, 782)]
@@ -415,6 +449,14 @@ def test_settings_that_decide_the_result_are_compared():
     assert not compared & free
 
 
+def test_divergence_is_what_the_mode_needs():
+    """Left empty it is filled in, so that a run folder says which it was; said in full it changes nothing."""
+    assert train.parse([]).divergence == "sampled" and train.parse([]).loss_divergence is None
+    for flags in (["--regularizer_mode=loss"], ["--regularizer_mode=loss", "--divergence=exact"]):
+        assert train.parse(flags).divergence == "exact" and train.parse(flags).loss_divergence == "kl"
+    assert train.parse(["--regularizer_mode=loss", "--regularizer=none"]).loss_divergence is None
+
+
 def test_plain_flags_belong_to_the_named_stage():
     """--lr with --stage sft is the SFT's; with --stage all it is PPO's, and --sft_lr the SFT's."""
     assert train.parse(["--stage=sft", "--lr=0.5"]).sft_lr == 0.5
@@ -440,6 +482,11 @@ BAD_INPUT = [
     (["--stage=sft", "--reward=", "--max_len=400"], {}, "exceeds the model's 128 positions"),
     (["--regularizer=reverse_kl"], {}, "exact divergences"),
     (["--regularizer=bregman", "--regularizer_mode=loss"], {}, "exact divergences"),
+    (["--divergence=exact"], {}, "the baseline cancels it.*--regularizer_mode loss"),
+    (["--divergence=sampled", "--regularizer_mode=loss"], {}, "not the divergence's gradient.*--divergence exact"),
+    (["--paper_compat=padding"], {}, "'padding' is not one of reuse_minibatch, whiten_shift"),
+    (["--paper_compat=whiten_shift", "--whiten_rewards"], {}, "give one of them"),
+    (["--paper_compat=reuse_minibatch"], {}, "4 is not a multiple of 8"),
     (["--stage=nothing"], {}, "invalid choice|not one of"),
     (["--lora_dropout=1"], {}, "below 1"),
     (["--prompts=DIR/none.json"], {}, "no data file at .*none.json"),

@@ -1,0 +1,75 @@
+"""The study's plan: every variant is a run that train.py accepts and that no other variant repeats, within two hours."""
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from conftest import ROOT
+from toy import study
+
+ARGS = SimpleNamespace(seeds=3, only=None, steps=48, eval_every=12, base_steps=0, eval_data=None, processes=2,
+                       out="runs/none_such", data="runs/none_such/data")
+
+
+def test_no_two_variants_are_the_same_run():
+    """Each variant's flags are ones that train.py takes, and differ from the default run and from each other in effect, not
+    only in spelling: a sweep over rank that repeats the default would be counted twice."""
+    configs = [train.parse(study.Job(0, "ppo", v).flags(ARGS) + ["--out=x"]) for v in study.VARIANTS]
+    assert len({repr(c) for c in configs}) == len(study.VARIANTS)
+    assert len({study.Job(0, "ppo", v).slug for v in study.VARIANTS}) == len(study.VARIANTS)
+    assert configs[0] == train.parse(["--stage=ppo", "--out=x", "--steps=48", "--eval_every=12"])      # "kl" is the default run
+
+
+def test_seed_0_comes_first_and_sweeps_have_one_seed():
+    """Stopped at any time, the study has compared what it has run. 12 variants of three seeds, 10 of one: 46 PPO runs, three
+    SFT and three reward models; about two hours at most."""
+    order = study.jobs(ARGS)
+    assert [job.seed for job in order] == sorted(job.seed for job in order)
+    assert sum(job.stage == "ppo" for job in order) == 46 and len(order) == 52
+    assert all(job.seed == 0 for job in order if job.variant and job.variant.sweep)
+    assert [job.stage for job in order if job.seed == 1][:3] == ["sft", "reward", "ppo"]
+    assert sum(job.seconds(ARGS) for job in order) < 2 * 3600
+
+
+def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path):
+    """One variant, cut down to a step or two of everything: SFT, reward model, PPO, outcome. The outcome alone is enough to
+    skip all of it, on another machine say; without it the finished run folder is read, not run again."""
+    rows = json.loads((ROOT / "toy" / "test.json").read_text())[:4]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = [sys.executable, str(ROOT / "toy" / "study.py"), "--seeds=1", "--only=kl", "--steps=2", "--eval_every=1", "--base_steps=1",
+               f"--eval_data={tmp_path / 'rows.json'}", "--processes=1", f"--out={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}"]
+    start = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    plan = start("--dry_run").stdout
+    assert plan.count("train.py --stage") == 3 and f"cp -r {tmp_path}/runs/seed0 {tmp_path}/runs/kl_seed0" in plan
+    assert not (tmp_path / "runs").exists()
+    first = start()
+    assert first.returncode == 0 and first.stdout.count(" done in ") == 3, first.stdout
+    path = tmp_path / "data" / "kl_seed0.json"
+    found = json.loads(path.read_text())
+    assert found["variant"] == "kl" and [row["step"] for row in found["curve"]] == [0, 1, 2]
+    assert "1 trainings, 1 of them done" in start().stdout
+    assert "was made with '--steps 2" in start("--steps=3").stderr
+    path.unlink()
+    log = tmp_path / "runs" / "kl_seed0" / "log.txt"
+    log.write_text("")
+    assert start().returncode == 0 and json.loads(path.read_text()) == found
+    assert "ppo: finished" in log.read_text() and "step " not in log.read_text()
+
+
+def test_a_failed_training_is_named_and_the_study_goes_on(tmp_path, monkeypatch, capsys):
+    """A variant that blows up must not cost the others; one whose SFT failed is not tried. The exit status says so."""
+    def run(job, args):
+        tried.append((job.seed, job.stage, job.variant and job.variant.name))
+        return not (job.seed == 1 and job.stage == "sft" or job.variant and job.variant.name == "none")
+
+    tried, kept = [], []
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "keep", lambda job, args: kept.append((job.seed, job.variant.name)))
+    args = ["--seeds=2", "--only=kl", "--only=none", f"--out={tmp_path}", f"--data={tmp_path}"]
+    assert study.main(args) == 1
+    assert kept == [(0, "kl")] and (1, "ppo", "kl") not in tried
+    out = capsys.readouterr().out
+    assert "none_seed0" in out and "FAILED, see" in out and out.count("skipped") == 2
