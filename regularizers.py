@@ -8,11 +8,13 @@ Legend   B batch, R response tokens, V vocabulary; p the policy, q the reference
     clamped_kl             max(d, 0)                                   > KL: loses the negatives   yes
     squared_error          d^2 / 2                             (k2)    about KL when p is near q   yes
     bregman                exp(-d) - 1 + d                     (k3)    KL(p || q)                  yes
+    bregman_paper          exp(d) - 1 - d                              chi^2(p || q) - KL(p || q)  yes
     jensen_shannon         (r log(2r/(1+r)) + log(2/(1+r))) / 2        JS(p, q)                    yes
     jensen_shannon_paper   log(2/(1+exp(-|d|))) / 2                    neither JS nor quadratic    yes, <= log(2)/2
 
 Written out, with sums over the vocabulary: clamped_kl has the expectation sum of p log(p/q) over the tokens with p > q,
-squared_error sum p (log p - log q)^2 / 2, jensen_shannon_paper sum p log(2 max(p, q) / (p + q)) / 2.
+squared_error sum p (log p - log q)^2 / 2, bregman_paper sum p^2 / q - 1 - KL, jensen_shannon_paper
+sum p log(2 max(p, q) / (p + q)) / 2.
 k1, k2, k3 are Schulman's names (joschu.net/blog/kl-approx.html, 2020).
 
 Two ways to use a divergence, which are not the same:
@@ -20,8 +22,8 @@ Two ways to use a divergence, which are not the same:
   E_p[f(d) grad log p]. But grad E_p[f(d)] = E_p[f(d) grad log p] + E_p[f'(d) grad log p]: the second half is lost. For k1
   it is E_p[grad log p] = 0, nothing is lost, and the gradient is that of KL. k2, k3 and JS are of second order in d, and
   so is what is left of them: near p = q, where training happens, they hardly push. Share of KL's gradient that each
-  keeps (by enumeration in tests/test_regularizers.py, V = 200, token KL 0.1): k1 1.00, clamped about .6, k2, k3 and paper-JS
-  below .2, unbiased JS about 0; second digits depend on how the logits are spread.
+  keeps (by enumeration in tests/test_regularizers.py, V = 200, token KL 0.1): k1 1.00, clamped about .6, bregman_paper
+  .2 to .3, k2, k3 and paper-JS below .2, unbiased JS about 0; second digits depend on how the logits are spread.
   So most "other regularisers" in the reward are close to none at all.
 * in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one (of KL with respect
   to a logit: p (log p - log q - KL)).
@@ -30,17 +32,17 @@ own-token gradient is 0. A sampled form in the loss has a derivative, but not th
 that of KL(q || p).
 
 Departures from the paper's code: its Jensen-Shannon (kept as jensen_shannon_paper) is linear in d near 0, where JS is
-quadratic; its bregman has p/q where k3 has q/p, exp(d) - 1 - d, whose mean under p is not KL; its forms took exp(logprob)
-first and were inf or NaN near -110. Here everything stays in log space, and the difference of nearly equal terms is taken
-in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is clamped: for d below -88, k3 and JS overflow
-float32, and the run stops and says so.
+quadratic; its bregman (kept as bregman_paper) has p/q where k3 has q/p, and its mean under p is not KL; its forms took
+exp(logprob) first and were inf or NaN near -110. Here everything stays in log space, and the difference of nearly equal
+terms is taken in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is clamped: for d below -88 k3 and
+JS, for d above 88 bregman_paper overflow float32, and the run stops and says so.
 """
 import math
 
 import torch
 import torch.nn.functional as F
 
-SAMPLED = ("kl", "clamped_kl", "bregman", "squared_error", "jensen_shannon", "jensen_shannon_paper")
+SAMPLED = ("kl", "clamped_kl", "bregman", "bregman_paper", "squared_error", "jensen_shannon", "jensen_shannon_paper")
 EXACT = ("kl", "reverse_kl", "jensen_shannon")
 LOG2 = math.log(2.0)
 
@@ -66,6 +68,8 @@ def sampled(name, logprobs, ref_logprobs):
         penalty = d.square() / 2
     elif name == "bregman":
         penalty = torch.expm1(-d) + d
+    elif name == "bregman_paper":
+        penalty = torch.expm1(d) - d
     elif name == "jensen_shannon":
         # r = exp(-d): log(2r/(1+r)) = -log((1+e^d)/2) and log(2/(1+r)) = -log((1+e^-d)/2)
         penalty = -(torch.exp(-d) * log_half_sum(d) + log_half_sum(-d)) / 2

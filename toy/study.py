@@ -51,11 +51,12 @@ PAPER = [      # the paper's eight
     Variant("jensen_shannon_paper", "--regularizer jensen_shannon_paper", (REGULARIZER,)),
     Variant("clamped_kl", "--regularizer clamped_kl", (REGULARIZER,)),
     Variant("squared_error", "--regularizer squared_error", (REGULARIZER,)),
-    Variant("bregman", "--regularizer bregman", (REGULARIZER,)),
+    Variant("bregman_paper", "--regularizer bregman_paper", (REGULARIZER,)),
     Variant("dropout only", "--regularizer none --lora_dropout 0.1", (REGULARIZER,)),
     Variant("negative kl", "--kl_coef -0.02", (REGULARIZER,)),
 ]
-OURS = [       # what it did not have: an unbiased JS in the reward, and true gradients in the loss
+OURS = [       # what it did not have: k3, an unbiased JS in the reward, and true gradients in the loss
+    Variant("bregman", "--regularizer bregman", (REGULARIZER,)),
     Variant("jensen_shannon", "--regularizer jensen_shannon", (REGULARIZER,)),
     Variant("exact kl in the loss", "--regularizer_mode loss --divergence exact", (REGULARIZER,), slower=1.2),
     Variant("full, kl", "--lora_rank 0 --lr 3e-4", (LORA_FULL,), slower=1.3),
