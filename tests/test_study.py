@@ -24,11 +24,11 @@ def test_no_two_variants_are_the_same_run():
 
 
 def test_seed_0_comes_first_and_sweeps_have_one_seed():
-    """Stopped at any time, the study has compared what it has run. 12 variants of three seeds, 10 of one: 46 PPO runs, three
+    """Stopped at any time, the study has compared what it has run. 13 variants of three seeds, 10 of one: 49 PPO runs, three
     SFT and three reward models; about two hours at most."""
     order = study.jobs(ARGS)
     assert [job.seed for job in order] == sorted(job.seed for job in order)
-    assert sum(job.stage == "ppo" for job in order) == 46 and len(order) == 52
+    assert sum(job.stage == "ppo" for job in order) == 49 and len(order) == 55
     assert all(job.seed == 0 for job in order if job.variant and job.variant.sweep)
     assert [job.stage for job in order if job.seed == 1][:3] == ["sft", "reward", "ppo"]
     assert sum(job.seconds(ARGS) for job in order) < 2 * 3600
