@@ -572,7 +572,7 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
     loss_of(items of a micro-batch) -> mean loss over their weights; length(item) in tokens; weight(item): how many terms
     of the loss it brings (response tokens, or one pair).
     """
-    cfg, device, parameters = run.cfg, next(module.parameters()).device, trainable(module)
+    cfg, parameters = run.cfg, trainable(module)
     get = lambda name: getattr(cfg, f"{run.stage}_{name}")
     steps = supervised_steps(cfg, run.stage, len(items))
     optimizer = torch.optim.AdamW(parameters, lr=get("lr"), betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
@@ -586,19 +586,10 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
     for step in range(first + 1, steps + 1):
         lr = set_learning_rate(optimizer, step, steps, round(0.03 * steps), get("lr"), "cosine")
         picked = [items[i] for i in batches(lengths, get("batch"), f"{cfg.seed} {run.stage}", step - 1)]
-        n_global, local_loss = sum(map(weight, picked)), 0.0
-        micro_batches = chunks(share(picked, length), cfg.micro_batch)
-        for i, micro_batch in enumerate(micro_batches):
-            seed_dropout(cfg.seed, step, 0, i)
-            n = sum(map(weight, micro_batch))
-            with gradients_travel(module, i == len(micro_batches) - 1):
-                loss = loss_of(micro_batch)
-                (loss * token_weight(n, n_global)).backward()
-            local_loss += loss.item() * n
+        loss = accumulate(cfg, step, module, share(picked, length), sum(map(weight, picked)), weight, loss_of)
         norm = clip_gradients(parameters, cfg.max_grad_norm, step, "model")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss = sum(gather(local_loss)) / n_global
         run.append("metrics.jsonl", {"step": step, "loss": loss, "lr": lr, "grad_norm": norm})
         shown.append(loss)
         if step % max(1, steps // 12) == 0 or step == steps:
@@ -606,14 +597,32 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
             say(f"{run.stage:6} step {step:5}/{steps} | loss {sum(shown) / len(shown):.3f} | lr {lr:.1e} | "
                 f"grad {norm:.2f} | eta {clock(eta)}")
             shown = []
-        stopping = stopper.asked(device)
-        if step % cfg.save_every == 0 or stopping:
-            run.save_checkpoint(step, parameters, optimizer)
-        if stopping:
-            stopper.leave(run.folder, step)
+        save_and_stop(run, step, parameters, optimizer, stopper)
     module.eval()
     check_same_parameters(parameters)
     return steps, time.time() - start
+
+
+def accumulate(cfg, step, module, mine, n_global, weight, loss_of):
+    """Gradients of one global batch, of which this process has the items `mine`. -> the loss, a mean over n_global terms."""
+    total, micro_batches = 0.0, chunks(mine, cfg.micro_batch)
+    for i, micro_batch in enumerate(micro_batches):
+        seed_dropout(cfg.seed, step, 0, i)
+        n = sum(map(weight, micro_batch))
+        with gradients_travel(module, i == len(micro_batches) - 1):
+            loss = loss_of(micro_batch)
+            (loss * token_weight(n, n_global)).backward()
+        total += loss.item() * n
+    return sum(gather(total)) / n_global
+
+
+def save_and_stop(run, step, parameters, optimizer, stopper, **extra):
+    """The end of a step: a checkpoint if it is due, or if someone has asked to stop, which then happens."""
+    stopping = stopper.asked(parameters[0].device)
+    if step % run.cfg.save_every == 0 or stopping:
+        run.save_checkpoint(step, parameters, optimizer, **extra)
+    if stopping:
+        stopper.leave(run.folder, step)
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
@@ -792,7 +801,7 @@ def rollout_statistics(rollout, penalty):
             "length": rollout.response_lengths.float().mean().item(), "eos_rate": rollout.finished.float().mean().item()}
 
 
-def check_first_step(rollout, row, gap, dtype, dropout=0.0):
+def check_first_step(rollout, row, dtype, dropout=0.0):
     """Before anything has moved, policy and reference are one model. RuntimeError says which assumption is broken.
 
     With dropout in the update the first ratio is not 1, and is only reported. Micro-batches of other shapes round
@@ -802,7 +811,7 @@ def check_first_step(rollout, row, gap, dtype, dropout=0.0):
     claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing", rollout.kl.abs().max().item(), 0.0),
               ("the first ratio is 1: the update's forward is the rollout's", 0 if dropout else row["first_ratio_max"], tolerance),
               ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the full forward",
-               gap, 1e-4 if dtype == torch.float32 else 0.5)]
+               row["sampling_gap"], 1e-4 if dtype == torch.float32 else 0.5)]
     for claim, got, bound in claims:
         if not got <= bound:
             raise RuntimeError(f"step 1 broke an assumption: {claim}; got a difference of {got:.2e}, at most {bound:.0e} is rounding")
@@ -827,27 +836,16 @@ def ppo(run, inputs, device, stopper):
     say(f"ppo: {len(inputs.prompts)} prompts from {cfg.prompts}; {trunks}{' and frozen copies' if net.ref else ''} in "
         f"{cfg.trunk_dtype(device)}; {count(net)}")
     parameters = trainable(net)
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, fused=True)
     with mistakes_in_one_line():
         checkpoint = run.open()
     first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
     kl_coef, start = checkpoint["kl_coef"] if checkpoint else cfg.kl_coef, time.time()
     ddp, records = wrap(net, device).eval(), None
     for step in range(first + 1, cfg.steps + 1):
-        t0 = time.time()
-        rollout, gap = collect(cfg, step, net, reward_model, inputs)                               # 1. sample and score
-        for name in ("logprobs", "ref_logprobs", "values", "scores", "kl"):
-            require_finite(getattr(rollout, name), f"{name} of the rollout", step)
-        rollout, penalty = with_advantages(cfg, rollout, kl_coef)                                  # 2. rewards, GAE
-        require_finite(rollout.advantages, "advantages", step)
-        t1 = time.time()
-        lr = set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
-        stats = update(cfg, step, ddp, optimizer, rollout, kl_coef)                                # 3. clipped losses
-        row = {"step": step} | rollout_statistics(rollout, penalty) | stats | {
-            "lr": lr, "kl_coef": kl_coef, "sampling_gap": gap, "generate_seconds": t1 - t0, "update_seconds": time.time() - t1}
+        row, rollout = ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef)
         if step == 1:
-            check_first_step(rollout, row, gap, cfg.trunk_dtype(device), cfg.lora_dropout)
+            check_first_step(rollout, row, cfg.trunk_dtype(device), cfg.lora_dropout)
         if cfg.kl_target:
             kl_coef = adapt_kl_coef(kl_coef, row["kl_per_sequence"], cfg.kl_target, cfg.kl_horizon, cfg.rollout_batch)
         run.append("metrics.jsonl", row)
@@ -856,20 +854,36 @@ def ppo(run, inputs, device, stopper):
             log_samples(run, step, rollout, inputs.tokenizer)
         if cfg.eval_every and step % cfg.eval_every == 0 and inputs.eval_rows:
             records = evaluation(cfg, inputs, net, reward_model, records)
-            summary = summarise(records)
-            run.append("evals.jsonl", {"step": step} | summary)
-            say(f"{'':10} evaluation: won {summary['after']['win_before']['value']:.1%} +-"
-                f"{summary['after']['win_before']['se']:.1%} against SFT, score {summary['after']['score']['value']:+.2f}")
-        stopping = stopper.asked(device)
-        if step % cfg.save_every == 0 or stopping:
-            run.save_checkpoint(step, parameters, optimizer, kl_coef=kl_coef)
-        if stopping:
-            stopper.leave(run.folder, step)
+            log_evaluation(run, step, summarise(records))
+        save_and_stop(run, step, parameters, optimizer, stopper, kl_coef=kl_coef)
     check_same_parameters(parameters)
     if is_main():
         save_policy(net, run.folder / "policy", cfg.input_model("ppo"))
         shutil.copy(inputs.tokenizer.path, run.folder / "policy" / "tokenizer.model")
     run.finish(steps=cfg.steps, seconds=round(time.time() - start, 1))
+
+
+def ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef):
+    """One step of PPO. -> the numbers that are logged of it, and its Rollout."""
+    t0 = time.time()
+    rollout, gap = collect(cfg, step, net, reward_model, inputs)                               # 1. sample and score
+    for name in ("logprobs", "ref_logprobs", "values", "scores", "kl"):
+        require_finite(getattr(rollout, name), f"{name} of the rollout", step)
+    rollout, penalty = with_advantages(cfg, rollout, kl_coef)                                  # 2. rewards, GAE
+    require_finite(rollout.advantages, "advantages", step)
+    t1 = time.time()
+    lr = set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
+    stats = update(cfg, step, ddp, optimizer, rollout, kl_coef)                                # 3. clipped losses
+    times = {"generate_seconds": t1 - t0, "update_seconds": time.time() - t1}
+    return ({"step": step} | rollout_statistics(rollout, penalty) | stats
+            | {"lr": lr, "kl_coef": kl_coef, "sampling_gap": gap} | times), rollout
+
+
+def log_evaluation(run, step, summary):
+    """A line of evals.jsonl, and its gist on the screen."""
+    run.append("evals.jsonl", {"step": step} | summary)
+    won = summary["after"]["win_before"]
+    say(f"{'':10} evaluation: won {won['value']:.1%} +-{won['se']:.1%} against SFT, score {summary['after']['score']['value']:+.2f}")
 
 
 def log_samples(run, step, rollout, tokenizer, n=4):

@@ -213,9 +213,9 @@ def test_first_step_starts_at_the_reference_with_ratio_one(whole_run):
 def test_a_broken_first_step_says_which_assumption(whole_run, broken, name):
     """The self-check of step 1 is only worth something if it speaks: one wrong number at a time."""
     rollout = SimpleNamespace(kl=torch.tensor([broken.get("kl", 0.0)]))
-    row = {"first_ratio_max": broken.get("ratio", 1.0) - 1.0}
+    row = {"first_ratio_max": broken.get("ratio", 1.0) - 1.0, "sampling_gap": broken.get("gap", 0.0)}
     with pytest.raises(RuntimeError, match=name):
-        train.check_first_step(rollout, row, broken.get("gap", 0.0), torch.float32)
+        train.check_first_step(rollout, row, torch.float32)
 
 
 def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path, monkeypatch, one_process):
