@@ -20,6 +20,7 @@ Decisions that are easy to get wrong:
    batch mates nor on how many processes share the work.
 """
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -279,15 +280,21 @@ class KVCache:
         self.k[layer][rows, :, self.lengths], self.v[layer][rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
         return self.k[layer][:, :, :self.used + 1], self.v[layer][:, :, :self.used + 1], self.mask
 
-    def advance(self):
-        """One token per row has been stored."""
-        self.lengths, self.used = self.lengths + 1, self.used + 1
+    def advance(self, running):
+        """One token per row has been stored; it counts for the rows that are `running` (B,) bool, the others' is written over."""
+        self.lengths, self.used = self.lengths + running, min(self.used + 1, self.slots - 1)
 
     def keep(self, rows):
         """Drop all rows but these; layer by layer, so that the copy is small."""
         for i in range(len(self.k)):
             self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
         self.lengths = self.lengths[rows]
+
+    def replace(self, rows, other):
+        """Put the rows of another cache (of as many slots) in place of these rows."""
+        for i in range(len(self.k)):
+            self.k[i][rows], self.v[i][rows] = other.k[i], other.v[i]
+        self.lengths[rows], self.used = other.lengths, max(self.used, other.used)
 
 
 def keyed_seed(*key):
@@ -341,9 +348,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     """Sample a continuation of each prompt; the EOS is included, a row that never draws it has max_new_tokens ids.
 
     prompts: list of non-empty id lists of any lengths. temperature 0 is greedy. Ids in banned_ids are never drawn.
-    batch_size: rows decoded at once (None: all), nearest lengths together. row_ids: the key of each row's random
-    numbers (None: its index), so that a share of a batch draws what the whole batch would. limits: a smaller
-    max_new_tokens of each row's own.
+    batch_size: rows decoded at once (None: all); a row that ends makes room for the next prompt. row_ids: the key of
+    each row's random numbers (None: its index), so that a share of a batch draws what the whole batch would. limits: a
+    smaller max_new_tokens of each row's own.
     Returns a list of lists of ids, in the order of the prompts; with return_logprobs also the log-probability that the
     model (at temperature 1, the banned ids left out) gave to each of them, a list of lists of floats.
     """
@@ -351,19 +358,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     check_generate(model, prompts, limits, temperature, top_p)
     row_ids = range(len(prompts)) if row_ids is None else row_ids
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = batch_size or len(prompts)
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
     responses, logprobs = [None] * len(prompts), [None] * len(prompts)
+    u = torch.stack([uniforms(seed, row_ids[i], max_new_tokens) for i in order])
+    pick = lambda logits, u: sample(logits, u, temperature, top_p)
     with eval_mode(model):
-        for group in (order[i:i + size] for i in range(0, len(order), size)):
-            u = torch.stack([uniforms(seed, row_ids[i], max_new_tokens) for i in group])
-            pick = lambda logits, u: sample(logits, u, temperature, top_p)
-            ids, logps = decode(model, [prompts[i] for i in group], [limits[i] for i in group], u, pick, eos_id, banned,
-                                return_logprobs)
-            for i, row, logp in zip(group, ids, logps):
-                row = row[:limits[i]]
-                responses[i] = row[:row.index(eos_id) + 1] if eos_id in row else row
-                logprobs[i] = logp[:len(responses[i])]
+        ids, logps = decode(model, [prompts[i] for i in order], [limits[i] for i in order], u, pick, eos_id, banned,
+                            batch_size or len(prompts), return_logprobs)
+    for i, row, logp in zip(order, ids, logps):
+        row = row[:limits[i]]
+        responses[i] = row[:row.index(eos_id) + 1] if eos_id in row else row
+        logprobs[i] = logp[:len(responses[i])]
     return (responses, logprobs) if return_logprobs else responses
 
 
@@ -383,44 +388,60 @@ def check_generate(model, prompts, limits, temperature, top_p):
         raise ValueError(f"prompt ids must lie in 0..{model.config.vocab_size - 1}, got {highest}: wrong tokenizer?")
 
 
-def decode(model, prompts, limits, u, pick, eos_id, banned, with_logprobs):
-    """Decode one group of prompts together. limits: new ids per row; u (B, >= limits) uniforms; pick(logits, u) -> ids.
-
-    Rows that have drawn EOS or reached their limit leave the batch (looked for every 8 tokens, dropped once they are an
-    eighth of it).
-    Returns ids and log-probabilities, lists of B rows, EOS (and 0.0) repeated after the end of a row.
-    """
-    max_new, device = max(limits), model.device
-    u = u.to(device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    cache = KVCache(int(lengths.max()) + max_new)
-    limits = torch.tensor(limits, device=device)
-    x = model.hidden(pad_right(prompts).to(device), cache)                       # (B, T, D)
-    x = x[torch.arange(len(prompts), device=device), lengths - 1]                # (B, D), the last prompt token's
+def prefill(model, prompts, slots):
+    """Run prompts through the model. -> a cache of so many slots that holds them, the state of each last token (B, D)."""
+    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
+    cache = KVCache(slots)
+    hidden = model.hidden(pad_right(prompts).to(model.device), cache)            # (B, T, D)
     cache.lengths, cache.used = lengths, int(lengths.max())
-    out = torch.full(u.shape, eos_id, device=device)                             # (B, max_new)
-    logprobs = torch.zeros(u.shape, device=device)
-    alive = torch.arange(len(prompts), device=device)                            # rows of `out` still in the batch
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for t in range(max_new):
+    return cache, hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
+
+
+def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs):
+    """Decode N prompts, `size` at a time. limits: new ids per row; u (N, M) uniforms, M >= limits; pick(logits, u) -> ids.
+
+    A row ends with EOS or at its limit. Every 8 tokens, if an eighth of the batch has ended, those rows make room for the
+    next prompts, or, when there are none, leave. Returns ids and log-probabilities, lists of N rows; what comes after the
+    end of a row is EOS (and 0.0).
+    """
+    N, M, device = *u.shape, model.device
+    slots, limits = max(len(p) + n for p, n in zip(prompts, limits)), torch.tensor(limits, device=device)
+    u = F.pad(u, (0, 1)).to(device)
+    out = torch.full((N, M + 1), eos_id, device=device)           # the last column takes what ended rows go on saying
+    logprobs = torch.zeros((N, M + 1), device=device)
+    cache, x = prefill(model, prompts[:size], slots)                             # x (B, D)
+    row, waiting = torch.arange(len(x), device=device), len(x)                   # which prompt is where; the next one
+    count, done = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
+    horizon = int(limits[row].max())                                             # by then all rows here have ended
+    for step in itertools.count():
+        if step % 8 == 0 or step == horizon:
+            ended = done.nonzero()[:, 0]
+            if len(ended) == len(row) and waiting == N:
+                return out[:, :M].tolist(), logprobs[:, :M].tolist()
+            if 8 * len(ended) >= len(row):
+                fresh = torch.arange(waiting, min(waiting + len(ended), N), device=device)
+                if len(fresh):
+                    other, states = prefill(model, [prompts[i] for i in fresh], slots)
+                    places = ended[:len(fresh)]
+                    cache.replace(places, other)
+                    x[places], row[places], count[places], done[places] = states, fresh, 0, False
+                    waiting += len(fresh)
+                if len(fresh) < len(ended):
+                    rest = (~done).nonzero()[:, 0]
+                    cache.keep(rest)
+                    x, row, count, done = x[rest], row[rest], count[rest], done[rest]
+                horizon = step + int((limits[row] - count).max())
         logits = masked_logits(model.output, x, banned)                          # (B, V)
-        token = torch.where(done, max(eos_id, 0), pick(logits, u[alive, t]))     # (a model may have no EOS: -1)
-        out[alive, t] = token
+        token = pick(logits, u[row, count])
+        place = torch.where(done, M, count)
+        out[row, place] = token
         if with_logprobs:
-            logprobs[alive, t] = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
-        done |= (token == eos_id) | (limits[alive] == t + 1)
-        if t % 8 == 7:
-            finished = int(done.sum())
-            if finished == len(alive):
-                break
-            if finished * 8 >= len(alive):
-                rows = (~done).nonzero()[:, 0]
-                cache.keep(rows)
-                alive, token, done = alive[rows], token[rows], done[rows]
-        if t + 1 < max_new:
+            logprobs[row, place] = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+        count = count + ~done
+        done = done | (token == eos_id) | (count == limits[row])
+        if step + 1 < horizon:
             x = model.hidden(token[:, None], cache)[:, 0]
-            cache.advance()
-    return out.tolist(), logprobs.tolist()
+            cache.advance(~done)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoint files

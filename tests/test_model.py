@@ -529,3 +529,28 @@ def test_what_cannot_be_generated_is_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=says):
             generate(model, prompts, 29, **options)
     assert len(generate(model, [[1] * 100], 28, eos_id=-1)[0]) == 28
+
+
+# ------------------------------------------------------------------------------------------------- a batch that refills
+
+def test_rows_that_end_make_room_for_the_next_prompts(tmp_path):
+    """24 prompts of 1 to 9 ids decoded 5 at a time, each with a limit of its own from 1 to 40: ids and log-probabilities are
+    those of all prompts at once, although hardly two rows ever had the same batch mates."""
+    model, generator = golden_model("gqa", tmp_path), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 128, (1 + i % 9,), generator=generator).tolist() for i in range(24)]
+    limits = [1 + (17 * i) % 40 for i in range(24)]
+    settings = dict(eos_id=2, seed=5, banned_ids=(), limits=limits, return_logprobs=True)
+    whole, few = generate(model, prompts, 40, **settings), generate(model, prompts, 40, batch_size=5, **settings)
+    assert whole[0] == few[0] and {len(r) for r in whole[0]} > {1, 18, 35}
+    assert all(a == pytest.approx(b, abs=1e-5) for a, b in zip(whole[1], few[1], strict=True))
+
+
+def test_ended_rows_cost_nothing_for_long(tmp_path, monkeypatch):
+    """64 answers of 4 to 64 tokens (a quarter of the sum of 64 times the longest) with 8 places: at most 8 tokens of a row's
+    place are wasted, when it ends just after the look around, and the last rows, which end alone."""
+    model, rows = golden_model("mha", tmp_path), []
+    real = Llama.hidden
+    monkeypatch.setattr(Llama, "hidden", lambda self, tokens, cache=None: rows.append(len(tokens)) or real(self, tokens, cache))
+    limits = [4] * 32 + [8] * 16 + [32] * 8 + [64] * 8
+    generate(model, [[1]] * 64, 64, eos_id=-1, banned_ids=(), batch_size=8, limits=limits)
+    assert sum(rows) < 1.5 * sum(limits) < 0.4 * 64 * 64
