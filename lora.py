@@ -75,8 +75,9 @@ class LoRALinear(nn.Module):
         if self.active is None:
             return out
         A, B = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
-        x = F.dropout(x, self.dropout[self.active], self.training)
-        return out + F.linear(F.linear(x, A), B) * self.scaling(self.active)
+        x = F.linear(F.dropout(x, self.dropout[self.active], self.training), A)           # (.., r)
+        sum_of_both = torch.addmm(out.flatten(0, -2), x.flatten(0, -2), B.t(), alpha=self.scaling(self.active))
+        return sum_of_both.view(out.shape)
 
 
 def lora_layers(model, name=None):

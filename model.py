@@ -205,19 +205,48 @@ class Llama(nn.Module):
         return self.tok_embeddings.weight.device
 
 
+class FrozenHeadLogprobs(torch.autograd.Function):
+    """log softmax(W h)[target] of states h (N, D), for a head W (V, D) that does not train: its gradient is found on the way.
+
+        d logp[target] / dh = W[target] - sum_v p_v W_v = (onehot - p) W
+
+    so that what is kept for the backward pass is (N, D), and no logits (N, V) are kept, made twice or differentiated.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, banned_mask, rows):
+        logprobs, slopes = [], []
+        for h, target in zip(hidden.split(rows), targets[:, None].split(rows)):
+            logits = F.linear(h, weight).float()                                 # (n, V)
+            logp = F.log_softmax(logits if banned_mask is None else logits.masked_fill_(banned_mask, BANNED), dim=-1)
+            logprobs.append(logp.gather(-1, target)[:, 0])
+            p = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype))
+            slopes.append(p.to(weight.dtype) @ weight)                           # (n, D), of -logp
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        slopes, = ctx.saved_tensors
+        return -grad[:, None].to(slopes.dtype) * slopes, None, None, None, None
+
+
 def response_logprobs(head, hidden, targets, banned_mask=None, ref=None, divergence=None, max_logits=1 << 24):
     """Log-probability of each target, entropy, and what the reference says of the same positions; never all logits at once.
 
     head: the output layer. hidden (N, D): the states that predict the targets (N,). banned_mask (V,) bool: ids that
     the sampler never draws; the same ban applies here, or the ratio of PPO would not be 1. ref: (ref head,
     ref hidden (N, D)), frozen. divergence: function (logits, ref_logits) -> (N,), differentiated with respect to logits.
-    Logits are made at most `max_logits` at a time, in float32; with several chunks each is recomputed in the backward
-    pass. Returns logprobs (N,) [nats], entropy (N,) [nats, detached], ref_logprobs (N,) or None, divergence (N,) or None.
+    Logits are made at most `max_logits` at a time, in float32; a head that trains, or a divergence, has them made again in
+    the backward pass. Returns logprobs (N,) [nats], entropy (N,) [nats, detached; None in training, where nobody asks for
+    it], ref_logprobs (N,) or None, divergence (N,) or None.
     """
     def chunk(hidden, ref_hidden, targets):
         logits = masked_logits(head, hidden, banned_mask)                        # (n, V)
         logp = F.log_softmax(logits, dim=-1)
         taken = logp.gather(-1, targets[:, None])[:, 0]
+        if training:
+            return (taken,)
         logp = logp.detach()
         entropy = -(logp.exp() * logp).sum(-1)
         if ref is None:
@@ -227,14 +256,16 @@ def response_logprobs(head, hidden, targets, banned_mask=None, ref=None, diverge
             ref_taken = F.log_softmax(ref_logits, dim=-1).gather(-1, targets[:, None])[:, 0]
         return taken, entropy, ref_taken, divergence(logits, ref_logits)
 
-    n = max(1, max_logits // head.weight.shape[0])
+    n, training = max(1, max_logits // head.weight.shape[0]), torch.is_grad_enabled() and ref is None
+    if training and not head.weight.requires_grad:
+        return FrozenHeadLogprobs.apply(hidden, head.weight, targets, banned_mask, min(n, 512)), None, None, None
     parts = list(zip(hidden.split(n), (hidden if ref is None else ref[1]).split(n), targets.split(n)))
     if len(parts) > 1 and torch.is_grad_enabled():
         outs = [checkpoint(chunk, *part, use_reentrant=False) for part in parts]
     else:
         outs = [chunk(*part) for part in parts]
     outs = [torch.cat(column) for column in zip(*outs)]
-    return tuple(outs) if ref is not None else (*outs, None, None)
+    return (*outs, *[None] * (4 - len(outs)))
 
 
 def masked_logits(head, hidden, banned_mask=None):

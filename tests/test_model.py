@@ -385,10 +385,37 @@ def test_chunked_logprobs_equal_unchunked_ones(per_chunk):
     assert not got[1].requires_grad and not got[2].requires_grad
 
 
-def test_chunked_logprobs_keep_no_logits_for_the_backward_pass():
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("per_chunk", [1, 7, 1000])
+def test_a_frozen_heads_gradient_found_on_the_way_is_autograds(per_chunk, dtype, tolerance):
+    """(onehot - p) W, made with the logits and kept instead of them: values and gradients as by autograd in float32, also for
+    a target of probability exp(-60), whose logit no float32 probability could hold, and for one of probability 1."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 128, bias=False).requires_grad_(False).to(dtype)
+    hidden, targets, weights = torch.randn(50, 64).to(dtype), torch.randint(2, 128, (50,)), torch.randn(50)
+    for i, sure, target in ((0, 5, 9), (1, 7, 7)):
+        hidden[i], targets[i] = 180 * head.weight[sure], target
+    banned = torch.zeros(128, dtype=torch.bool)
+    banned[:2] = True
+    grads = []
+    for on_the_way in (True, False):
+        states = hidden.clone().requires_grad_()
+        if on_the_way:
+            logprobs, entropy, _, _ = response_logprobs(head, states, targets, banned, max_logits=128 * per_chunk)
+            assert entropy is None
+        else:
+            expected = head(states).float().masked_fill(banned, -1e30).log_softmax(-1)[range(50), targets]
+        grads.append(torch.autograd.grad((weights * (logprobs if on_the_way else expected)).sum(), states)[0].float())
+    assert expected[0] < -40 and expected[1] > -1e-3
+    assert torch.allclose(logprobs, expected, rtol=1e-6, atol=2e-6)
+    assert largest(grads[0] - grads[1]) <= tolerance
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_chunked_logprobs_keep_no_logits_for_the_backward_pass(trains):
     """The reason to chunk: 300 states x 32,000 logits x 4 bytes would be kept per sequence. 256 states of width 8 and 512
     logits each, 16 at a time: all that is kept together is smaller than a quarter of the logits."""
-    head, hidden = torch.nn.Linear(8, 512, bias=False), torch.randn(256, 8, requires_grad=True)
+    head, hidden = torch.nn.Linear(8, 512, bias=False).requires_grad_(trains), torch.randn(256, 8, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         logprobs, _, _, _ = response_logprobs(head, hidden, torch.zeros(256, dtype=torch.long), max_logits=512 * 16)

@@ -1,0 +1,522 @@
+"""How fast, how large: generation, scoring, a LoRA update and a whole PPO step, beside what a user would run instead.
+
+    python tests/benchmark.py                          sizes S, M and 135M, one process and two; on a GPU also LLaMA-7B
+    python tests/benchmark.py --sizes S --jobs generate update --repetitions 5
+    python tests/benchmark.py --peer_python VENV/bin/python       where the peers are installed, if not here:
+                                                       pip install torch transformers peft trl==1.12.0 datasets pandas rich
+
+Cores are shared and noisy, so every figure is a ratio. Each program runs in a process of its own and waits; the driver lets
+them take turns (ours, theirs, ours, ...), and each brackets its repetition with a float32 matrix product (on a GPU bfloat16):
+`ceiling` is the share of that product's speed that the *useful* arithmetic reached. Useful FLOPs (two per multiply-add; norms,
+softmax and rotations not counted), for a model with N weights in its layers and head, of which H are the head's:
+
+    forward      2 (N - H) per token + 2 H per token whose logits are needed + attention: 4 D layers per key that a query sees
+    LoRA update  forward + the same again for the gradients of activations (frozen weights need none of their own); attention 3
+                 times; adapters 6 per weight and token
+    full update  three times forward
+
+`memory` is the peak resident size of the process (of all its processes), or what torch.cuda.max_memory_allocated says.
+Decoding on a GPU is bound by reading: `bandwidth` is the weights and the keys and values read per step, over what a copy reaches.
+"""
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SIZES = {      # dim, layers, heads, key/value heads, ffn, vocabulary, tied
+    "S": (256, 6, 8, 8, 688, 4096, False), "M": (512, 8, 8, 8, 1376, 32000, False), "135M": (576, 30, 9, 3, 1536, 49152, True),
+    "7B": (4096, 32, 32, 32, 11008, 32000, False)}
+SHAPES = {"generate": dict(batch=32, prompt=64, new=128), "uneven": dict(batch=32, prompt=64, new=128, total=128),
+          "update": dict(batch=16, length=192), "score": dict(batch=32, length=192),
+          "ppo": dict(batch=64, prompt=64, new=64, epochs=2, minibatches=4)}
+SHAPES_7B = {"generate": dict(batch=64, prompt=192, new=300), "uneven": dict(batch=32, prompt=192, new=300, total=128),
+             "update": dict(batch=8, length=492), "score": dict(batch=16, length=492),
+             "ppo": dict(batch=128, prompt=192, new=300, epochs=2, minibatches=1, micro=8, generate=32)}
+PEERS = {"generate": "transformers", "uneven": "transformers", "update": "transformers + peft", "ppo": "TRL"}
+CUDA = torch.cuda.is_available()
+
+
+# ------------------------------------------------------------------------------------------------------ useful work
+
+def weights(size):
+    """(weights of the layers' matrices, weights of the head, adapter weights of r 8 on wq wk wv wo)."""
+    dim, layers, heads, kv, ffn, vocab, _ = SIZES[size]
+    narrow = dim * kv // heads
+    return layers * (2 * dim * dim + 2 * dim * narrow + 3 * dim * ffn), dim * vocab, layers * 8 * (2 * 2 * dim + 2 * (dim + narrow))
+
+
+def attention_flops(size, tokens):
+    """QK' and AV of one causal row of so many tokens."""
+    dim, layers = SIZES[size][:2]
+    return 4 * dim * layers * tokens * (tokens + 1) // 2
+
+
+def forward_flops(size, tokens, logits):
+    """One row of so many tokens, of which `logits` need the head."""
+    block, head, _ = weights(size)
+    return 2 * block * tokens + 2 * head * logits + attention_flops(size, tokens)
+
+
+def update_flops(size, tokens, logits, full=False):
+    """Forward and backward of one row; with adapters, or of all weights."""
+    block, head, lora = weights(size)
+    linear, attention = 2 * block * tokens + 2 * head * logits, attention_flops(size, tokens)
+    return 3 * (linear + attention) if full else 2 * linear + 3 * attention + 6 * lora * tokens
+
+
+def useful_flops(job, size, s, lengths):
+    """All of a job. Generation: the prompt once, then each new token once; the PPO step: sampling, three scoring passes, and
+    `epochs` updates of policy and critic - with LoRA critics, whoever runs it: what a peer does beyond that is its own loss."""
+    if job in ("generate", "uneven"):
+        return sum(forward_flops(size, s["prompt"] + n - 1, n) for n in lengths)
+    if job == "update":
+        return s["batch"] * update_flops(size, s["length"], s["length"] - 1)
+    if job == "score":
+        return s["batch"] * forward_flops(size, s["length"], 0)
+    tokens, new = s["prompt"] + s["new"], s["new"]
+    sample = forward_flops(size, tokens - 1, new)
+    look = 2 * forward_flops(size, tokens, new) + 2 * forward_flops(size, tokens, 0)      # policy, reference; reward, critic
+    learn = update_flops(size, tokens, new) + update_flops(size, tokens, 0)
+    return s["batch"] * (sample + look + s["epochs"] * learn)
+
+
+def response_lengths(job, s, processes):
+    """New tokens of each row of one process: all the same, or geometric with a third of the maximum as mean, cut there."""
+    rows = s.get("total", s["batch"]) // processes
+    if job != "uneven":
+        return [s.get("new", 0)] * rows
+    u = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = s["new"] / 3
+    return (torch.log(u) / torch.log(torch.tensor(1 - 1 / mean))).ceil().clamp(1, s["new"]).int().tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- ours
+
+def our_config(size):
+    from model import LlamaConfig
+    dim, layers, heads, kv, ffn, vocab, tied = SIZES[size]
+    return LlamaConfig(vocab, dim, layers, heads, kv, ffn, tie_embeddings=tied)
+
+
+def our_model(size, dtype, lm_head=True):
+    from model import Llama, empty_llama
+    torch.manual_seed(0)
+    if not CUDA:
+        return Llama(our_config(size), lm_head).to(dtype).requires_grad_(False)
+    model = empty_llama(our_config(size), "cuda", dtype, lm_head).requires_grad_(False)
+    for p in model.parameters():
+        p.normal_(std=0.02) if p.dim() == 2 else p.fill_(1.0)
+    return model
+
+
+def random_prompts(size, rows, length, rank):
+    return torch.randint(4, SIZES[size][5], (rows, length), generator=torch.Generator().manual_seed(rank)).tolist()
+
+
+def our_generate(size, s, args, rank):
+    from model import generate
+    model, rows = our_model(size, args.torch_dtype), response_lengths(args.job, s, args.processes)
+    prompts = random_prompts(size, len(rows), s["prompt"], rank)
+    return lambda: generate(model, prompts, s["new"], eos_id=-1, limits=rows, batch_size=s["batch"] // args.processes)
+
+
+def our_update(size, s, args, rank):
+    """LoRA r 8 on wq wk wv wo, the loss over all positions, AdamW: the body of train.py's sft stage."""
+    from lora import add_lora
+    from reward import ActorCritic
+    from train import trainable, wrap
+    policy = our_model(size, args.torch_dtype)
+    add_lora(policy, "policy", 8, 64)
+    policy.checkpoint_activations = args.checkpointing
+    net = ActorCritic(policy, "policy")
+    module = wrap(net, "cuda:0" if CUDA else "cpu") if args.processes > 1 else net
+    optimizer = torch.optim.AdamW(trainable(net), lr=1e-4, fused=True)
+    rows = s["batch"] // args.processes
+    tokens = torch.tensor(random_prompts(size, rows, s["length"], rank), device=policy.device)
+    one, rest = (torch.full((rows,), n, device=policy.device) for n in (1, s["length"] - 1))
+
+    def step():
+        (-module(tokens, one, rest).logprobs.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def our_score(size, s, args, rank):
+    from reward import RewardModel, score_responses
+    model = RewardModel(our_model(size, args.torch_dtype, lm_head=False))
+    rows = random_prompts(size, s["batch"] // args.processes, s["length"], rank)
+    return lambda: score_responses(model, [r[:8] for r in rows], [r[8:] for r in rows], 2, 16)
+
+
+def our_ppo(size, s, args, rank):
+    """train.ppo_step itself, on random models: two trunks, or one on which policy, value and reward are adapters."""
+    import train
+    from lora import add_lora
+    from model import ban_mask
+    from reward import ActorCritic, RewardModel
+    from types import SimpleNamespace
+    device = "cuda:0" if CUDA else "cpu"
+    policy = our_model(size, args.torch_dtype)
+    add_lora(policy, "policy", 8, 64)
+    trunk = policy if args.one_trunk else our_model(size, args.torch_dtype, lm_head=False)
+    add_lora(trunk, "value", 8, 64)
+    if args.one_trunk:
+        add_lora(trunk, "reward", 8, 64)
+    reward = RewardModel(trunk, "reward" if args.one_trunk else None).requires_grad_(False)
+    for name in ("value", "policy"):
+        for p in train.lora_parameters(policy if name == "policy" else trunk, name):
+            p.requires_grad_(True)
+    net = ActorCritic(policy, "policy", trunk, "value", ban_mask(SIZES[size][5], [0, 1], device))
+    policy.checkpoint_activations = trunk.checkpoint_activations = args.checkpointing
+    cfg = train.Config(stage="ppo", model="random", rollout_batch=s["batch"], minibatch=s["batch"] // s["minibatches"],
+                       micro_batch=s.get("micro", 16), ppo_epochs=s["epochs"], prompt_len=s["prompt"], response_len=s["new"],
+                       generate_batch=s.get("generate", 0), dtype="float32" if args.dtype == "float32" else "bfloat16")
+    optimizer = torch.optim.AdamW(train.trainable(net), lr=1e-5, eps=1e-5, weight_decay=0.0, fused=True)
+    inputs = SimpleNamespace(prompts=random_prompts(size, 2 * s["batch"], s["prompt"], 0), banned_ids=[0, 1],
+                             tokenizer=SimpleNamespace(eos_id=-1))
+    ddp, parts, number = train.wrap(net, device).eval(), [], iter(range(1, 1000))
+
+    def step():
+        row, _ = train.ppo_step(cfg, next(number), net, ddp, reward, optimizer, inputs, 0.02)
+        parts.append({"sampling and scoring": row["generate_seconds"], "update": row["update_seconds"]})
+    step.parts = parts
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------- what others run
+
+def peer_config(size, **more):
+    from transformers import LlamaConfig
+    dim, layers, heads, kv, ffn, vocab, tied = SIZES[size]
+    return LlamaConfig(vocab_size=vocab, hidden_size=dim, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+                       num_key_value_heads=kv, max_position_embeddings=2048, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
+                       pad_token_id=0, **more)
+
+
+def peer_generate(size, s, args, rank):
+    """transformers' generate, sampling, no EOS. It has no places to refill and ends no row alone: uneven rows are decoded in
+    batches of the same size, each to its longest row."""
+    from transformers import GenerationConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(peer_config(size)).to(args.torch_dtype).eval()
+    rows, size_of_batch = response_lengths(args.job, s, args.processes), s["batch"] // args.processes
+    ids = torch.tensor(random_prompts(size, len(rows), s["prompt"], rank))
+
+    def step():
+        for i in range(0, len(rows), size_of_batch):
+            part, new = ids[i:i + size_of_batch], max(rows[i:i + size_of_batch])
+            config = GenerationConfig(bos_token_id=1, eos_token_id=None, pad_token_id=0, max_new_tokens=new, do_sample=True,
+                                      temperature=1.0, top_k=0, top_p=1.0, use_cache=True)
+            with torch.inference_mode():
+                out = model.generate(input_ids=part, attention_mask=torch.ones_like(part), generation_config=config)
+            assert out.shape[1] == s["prompt"] + new
+    return step
+
+
+def peer_update(size, s, args, rank):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(peer_config(size, use_cache=False)).to(args.torch_dtype).train()
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=64, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+                                             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    net = torch.nn.parallel.DistributedDataParallel(model) if args.processes > 1 else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    ids = torch.tensor(random_prompts(size, s["batch"] // args.processes, s["length"], rank))
+
+    def step():
+        net(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def peer_ppo(size, s, args, rank):
+    """One step of TRL's PPOTrainer with peft adapters on the policy; it trains all weights of its critic. The trainer runs by
+    itself: a callback hands every finished step to the driver."""
+    import tempfile
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    torch.manual_seed(0)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, SIZES[size][5])}
+    words = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                        padding_side="left")
+    judge = lambda: LlamaForSequenceClassification(peer_config(size, num_labels=1))
+    reward = judge().eval().requires_grad_(False)
+    local = s["batch"] // args.processes
+    config = PPOConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to="none", save_strategy="no", eval_strategy="no",
+                       num_sample_generations=0, disable_tqdm=True, bf16=args.dtype == "bfloat16", learning_rate=1e-5, seed=0,
+                       per_device_train_batch_size=local, gradient_accumulation_steps=1, num_mini_batches=s["minibatches"],
+                       num_ppo_epochs=s["epochs"], total_episodes=s["batch"] * 1000, local_rollout_forward_batch_size=local,
+                       response_length=s["new"], temperature=1.0, kl_coef=0.05, whiten_rewards=False)
+    rows = random_prompts(size, 2 * s["batch"], s["prompt"], 0)
+
+    class Turns(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            args.next_turn()
+
+    trainer = PPOTrainer(args=config, processing_class=tokenizer, model=LlamaForCausalLM(peer_config(size)), ref_model=None,
+                         reward_model=reward, value_model=judge(), train_dataset=Dataset.from_dict({"input_ids": rows}),
+                         peft_config=LoraConfig(r=8, lora_alpha=64, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+                                                target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), callbacks=[Turns()])
+    return trainer.train
+
+
+# -------------------------------------------------------------------------------------------------- one process's part
+
+def all_sum(x):
+    if not torch.distributed.is_initialized():
+        return x
+    t = torch.tensor([float(x)], dtype=torch.float64, device="cuda" if CUDA else "cpu")
+    torch.distributed.all_reduce(t)
+    return t.item()
+
+
+def synchronise():
+    if CUDA:
+        torch.cuda.synchronize()
+    all_sum(0)
+
+
+def matrix_speed(n=1536):
+    """FLOP/s of a square matrix product, the best of three; on a GPU larger and in bfloat16."""
+    n, dtype = (8192, torch.bfloat16) if CUDA else (n, torch.float32)
+    a, best = torch.randn(n, n, device="cuda" if CUDA else "cpu").to(dtype), 1e9
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        if CUDA:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return all_sum(2 * n ** 3 / best)
+
+
+def copy_speed():
+    """Bytes per second, read and written, of a large copy."""
+    x = torch.empty(1 << 28 if CUDA else 1 << 26, device="cuda" if CUDA else "cpu").fill_(1)
+    y, best = torch.empty_like(x), 1e9
+    for _ in range(4):
+        start = time.perf_counter()
+        y.copy_(x)
+        if CUDA:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return all_sum(8 * x.numel() / best)
+
+
+def peak_bytes():
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def forget_peak():
+    if CUDA:
+        return torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def work(args):
+    """A worker: build the job, then a repetition for each line on stdin, answered with its time by process 0."""
+    rank = int(os.environ.get("RANK", 0))
+    args.torch_dtype = getattr(torch, args.dtype)
+    torch.set_num_threads(1 if args.processes > 1 else args.threads)
+    torch.set_grad_enabled(args.job in ("update", "ppo"))
+    if args.processes > 1 or args.job == "ppo" and args.side == "ours":
+        backend = "nccl" if CUDA else "gloo"
+        more = {} if args.processes > 1 else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, **more)
+    shape = (SHAPES_7B if args.size == "7B" else SHAPES)[args.job]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)                                     # whatever a library prints goes to stderr
+    state = {}
+
+    def next_turn():
+        """End the repetition in progress, if there is one, report it; wait for the next."""
+        synchronise()
+        if "start" in state:
+            seconds = time.perf_counter() - state["start"]
+            answer = {"seconds": seconds, "speed": (state["speed"] + matrix_speed()) / 2, "peak": all_sum(peak_bytes())}
+            if getattr(state.get("step"), "parts", None):
+                answer["parts"] = state["step"].parts[-1]
+            if rank == 0:
+                print(json.dumps(answer), file=answers, flush=True)
+        line = sys.stdin.readline()
+        if line.strip() != "go":
+            os._exit(0)
+        state["speed"] = matrix_speed()
+        synchronise()
+        forget_peak() if "start" in state else None
+        state["start"] = time.perf_counter()
+
+    args.next_turn = next_turn
+    kind = "generate" if args.job == "uneven" else args.job
+    step = state["step"] = globals()[f"{'our' if args.side == 'ours' else 'peer'}_{kind}"](args.size, shape, args, rank)
+    if args.side == "peer" and args.job == "ppo":
+        next_turn()
+        return step()
+    while True:
+        next_turn()
+        step()
+
+
+# ------------------------------------------------------------------------------------------------------- the driver
+
+class Program:
+    """The processes of one side of one comparison."""
+
+    def __init__(self, side, job, size, processes, args):
+        python = args.peer_python if side == "peer" else sys.executable
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        command = [python, str(Path(__file__).resolve()), "--worker", f"--side={side}", f"--job={job}", f"--size={size}",
+                   f"--processes={processes}", f"--dtype={args.dtype}", f"--threads={args.threads}"]
+        command += ["--checkpointing"] * args.checkpointing + ["--one_trunk"] * args.one_trunk
+        self.log = open(Path(args.logs) / f"{side}-{job}-{size}-{processes}.log", "w") if args.logs else subprocess.DEVNULL
+        self.processes = [subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                              "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(1 if processes > 1 else args.threads)})
+            for r in range(processes)]
+
+    def go(self):
+        """One repetition -> its figures; None if the program has died (its log says why)."""
+        try:
+            for p in self.processes:
+                p.stdin.write("go\n")
+                p.stdin.flush()
+            line = self.processes[0].stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        return json.loads(line) if line else None
+
+    def end(self):
+        for p in self.processes:
+            p.kill()
+            p.wait()
+
+
+def compare(job, size, processes, args):
+    """Take turns. -> figures of ours and of the peer's repetitions (none if there is no peer here), warm-up left out."""
+    sides = {"ours": Program("ours", job, size, processes, args)}
+    if job in PEERS and args.peers and not CUDA:
+        sides["peer"] = Program("peer", job, size, processes, args)
+    found = {side: [] for side in sides}
+    for i in range(args.repetitions + args.warm_up):
+        for side, program in sides.items():
+            figures = program.go()
+            if figures and i >= args.warm_up:
+                found[side].append(figures)
+    for program in sides.values():
+        program.end()
+    return found["ours"], found.get("peer", [])
+
+
+def spread(values, form="{:.2f}"):
+    """Median, and in brackets the smallest and largest."""
+    return f"{form.format(statistics.median(values))} ({form.format(min(values))}-{form.format(max(values))})"
+
+
+def report(job, size, processes, args):
+    """One line of the table."""
+    ours, theirs = compare(job, size, processes, args)
+    name = f"{job:9} {size:5} {processes} x {1 if processes > 1 else args.threads}"
+    if not ours:
+        print(f"{name:22} did not run" + ("" if args.logs else ": --logs FOLDER keeps what it said"), flush=True)
+        return
+    shape = (SHAPES_7B if size == "7B" else SHAPES)[job]
+    lengths = response_lengths(job, shape, processes) * processes
+    flops = useful_flops(job, size, shape, lengths)
+    tokens = sum(lengths) if "new" in shape else shape["batch"] * shape["length"]
+    columns = [spread([tokens / o["seconds"] for o in ours], "{:,.0f}"), f"{statistics.median(o['seconds'] for o in ours):.2f}",
+               spread([flops / o["seconds"] / o["speed"] for o in ours]), f"{max(o['peak'] for o in ours) / 2 ** 20:,.0f}"]
+    if theirs:
+        pairs = list(zip(ours, theirs))
+        columns += [PEERS[job], f"{statistics.median(t['seconds'] for t in theirs):.2f}", spread([t["seconds"] / o["seconds"] for o, t in pairs]),
+                    f"{max(t['peak'] for t in theirs) / 2 ** 20:,.0f}"]
+    widths = (24, 9, 20, 8, 21, 9, 20, 8)
+    print(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths)), flush=True)
+    if ours[0].get("parts"):
+        parts = {k: statistics.median(o["parts"][k] for o in ours) for k in ours[0]["parts"]}
+        print(f"{'':22}" + ", ".join(f"{k} {v:.2f} s ({v / sum(parts.values()):.0%})" for k, v in parts.items()), flush=True)
+
+
+def growth(args):
+    """Seconds per token and memory of generation and update as the batch grows: flat until the ceiling, then linear."""
+    for job, key in (("generate", "new"), ("update", "length")):
+        print(f"\n{job}, size S: batch, microseconds per token, MiB")
+        for batch in (1, 4, 16, 64, 256):
+            SHAPES[job]["batch"] = batch
+            os.environ["BENCHMARK_BATCH"] = str(batch)
+            ours, _ = compare(job, "S", 1, argparse.Namespace(**vars(args) | {"peers": False, "repetitions": 3}))
+            tokens = batch * SHAPES[job][key]
+            seconds = statistics.median(o["seconds"] for o in ours)
+            print(f"{batch:6}{1e6 * seconds / tokens:12.0f}{max(o['peak'] for o in ours) / 2 ** 20:12,.0f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["7B"] if CUDA else ["S", "M", "135M"])
+    parser.add_argument("--jobs", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--processes", type=int, nargs="+", default=[1] if CUDA else [1, 2])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--warm_up", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a single process; of two, each has one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if CUDA else "float32")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=CUDA, help="recompute activations")
+    parser.add_argument("--one_trunk", action="store_true", help="of the PPO step: policy, value and reward as adapters on one trunk")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peer_python", default=sys.executable, help="python of the environment that has the peers")
+    parser.add_argument("--growth", action="store_true", help="time per token and memory against the batch, instead of the table")
+    parser.add_argument("--logs", help="folder for what the programs print")
+    args = parser.parse_args()
+    if args.logs:
+        Path(args.logs).mkdir(parents=True, exist_ok=True)
+    if args.growth:
+        return growth(args)
+    print(f"torch {torch.__version__}, {args.dtype}, {torch.cuda.get_device_name() if CUDA else f'{os.cpu_count()} cores'}; median (least-most) of "
+          f"{args.repetitions}; matrix product {matrix_speed() / 1e9:,.0f} GFLOP/s, copy {copy_speed() / 1e9:,.0f} GB/s\n")
+    titles = ("tokens/s", "seconds", "of the ceiling", "MiB", "beside", "seconds", "times as fast", "MiB")
+    print(f"{'job, size, processes':22}" + "".join(f"{t:>{w}}" for t, w in zip(titles, (24, 9, 20, 8, 21, 9, 20, 8))))
+    for job in args.jobs:
+        for size in args.sizes:
+            for processes in args.processes:
+                if not (size == "135M" and job in ("ppo", "update", "score")):
+                    report(job, size, processes, args)
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        worker = argparse.ArgumentParser()
+        for name in ("side", "job", "size", "dtype"):
+            worker.add_argument(f"--{name}")
+        for name in ("processes", "threads"):
+            worker.add_argument(f"--{name}", type=int)
+        for name in ("worker", "checkpointing", "one_trunk"):
+            worker.add_argument(f"--{name}", action="store_true")
+        if os.environ.get("BENCHMARK_BATCH"):
+            for shape in SHAPES.values():
+                shape["batch"] = int(os.environ["BENCHMARK_BATCH"])
+        work(worker.parse_args())
+    else:
+        main()
