@@ -25,7 +25,6 @@ Departures from the paper's code, and why:
 """
 import json
 import math
-import pickle
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -234,9 +233,17 @@ def targets_of(layers):
 
 def read_json_file(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise ValueError(f"{path}: broken JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected the settings of an adapter, got a {type(found).__name__}")
+    return found
+
+
+# keys of adapter_config.json that change nothing here; any other that is set means another kind of adapter
+NEUTRAL = ("auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "task_type", "peft_version", "megatron_core",
+           "qalora_group_size", "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights", "eva_config")
 
 
 def read_adapter_config(folder):
@@ -245,31 +252,37 @@ def read_adapter_config(folder):
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: expected adapter_config.json and adapter_model.safetensors")
     config = read_json_file(path)
-    plain = {"peft_type": ("LORA",), "bias": ("none", None), "fan_in_fan_out": (False, None)}
+    plain = {"peft_type": ("LORA",), "bias": ("none", None), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
     unusual = [k for k, allowed in plain.items() if config.get(k) not in allowed]
-    unusual += [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
-                            "layers_to_transform", "layer_replication", "lora_bias", "use_qalora")
-                if config.get(k)]
+    unusual += [k for k in config if config[k] and k not in NEUTRAL]
     if unusual:
         raise ValueError(f"{path}: {unusual[0]} = {config.get(unusual[0])} is not implemented here (plain LoRA only)")
-    absent = [k for k in ("r", "lora_alpha") if not isinstance(config.get(k), (int, float))]
-    if absent:
-        raise ValueError(f"{path}: expected a number in {absent[0]}, got {config.get(absent[0])!r}")
+    r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    if type(r) is not int or r < 1:
+        raise ValueError(f"{path}: expected a whole number of at least 1 in r, got {r!r}")
+    for key, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{path}: expected a number in {key}, got {value!r}")
     modules = config.get("target_modules")
-    if not isinstance(modules, list) or not set(modules) <= set(OUR_NAMES):
+    if not isinstance(modules, list) or not modules or not all(m in OUR_NAMES for m in map(str, modules)):
         raise ValueError(f"{path}: target_modules {modules} must be a list of names among {sorted(OUR_NAMES)}")
-    return {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0),
-            "targets": tuple(sorted(OUR_NAMES[m] for m in modules))}
+    return {"r": r, "alpha": alpha, "dropout": dropout, "targets": tuple(sorted(OUR_NAMES[m] for m in modules))}
 
 
 def read_tensors(path):
     """Tensors of a .safetensors file or of a pickle of tensors; ValueError if the file cannot be read as such."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        raise ValueError(f"{path} cannot be read as tensors ({str(e).splitlines()[0] if str(e) else 'empty'})") from None
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as e:
+        raise ValueError(f"{path} cannot be read ({e})") from None
+    except Exception:      # (torch.load names a damaged or a forbidden file in many ways)
+        raise ValueError(f"{path} cannot be read as tensors: it is damaged, or holds more than tensors, which is not opened, "
+                         "since a pickle can run code") from None
+    if not isinstance(found, dict) or not all(torch.is_tensor(t) for t in found.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors")
+    return found
 
 
 def read_adapter(path, alpha=None, part="policy"):
@@ -279,17 +292,27 @@ def read_adapter(path, alpha=None, part="policy"):
     head; `part` says which one is wanted. They do not say alpha, so it has to be given: 64 in the paper.
     """
     path = Path(path)
-    if path.is_dir() and not (path / "pytorch_model.bin").is_file() or (path / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file() or path.is_dir() and not (path / "pytorch_model.bin").is_file():
         config = read_adapter_config(path)
-        files = [f for f in (path / "adapter_model.safetensors", path / "adapter_model.bin") if f.is_file()]
-        tensors = read_tensors(files[0] if files else path / "adapter_model.safetensors")
+        file = next((f for f in (path / "adapter_model.safetensors", path / "adapter_model.bin") if f.is_file()),
+                    path / "adapter_model.safetensors")
+        tensors = read_tensors(file)
         if alpha not in (None, config["alpha"]):
             raise ValueError(f"{path} has alpha {config['alpha']}, got {alpha}")
-        return config, tensors
-    path = path / "pytorch_model.bin" if path.is_dir() else path
+    else:
+        config, tensors = read_loralib(path / "pytorch_model.bin" if path.is_dir() else path, alpha, part)
+    for key, t in tensors.items():
+        rank = t.shape[0 if "lora_A" in key else -1] if t.dim() == 2 else None
+        if rank != config["r"] or not t.is_floating_point() or not torch.isfinite(t).all():
+            raise ValueError(f"{path}: {key} {tuple(t.shape)} in {t.dtype} is no matrix of finite numbers of rank r {config['r']}")
+    return config, tensors
+
+
+def read_loralib(path, alpha, part):
+    """The second kind of file of read_adapter."""
     prefix = {"policy": "model.layers.", "value": "base_model.model.layers."}[part]
     tensors = {f"base_model.model.{k.removeprefix('base_model.')}.weight": t.float() for k, t in read_tensors(path).items()
-               if k.startswith(prefix) and k.endswith(("lora_A", "lora_B"))}
+               if str(k).startswith(prefix) and k.endswith(("lora_A", "lora_B"))}
     if not tensors:
         raise ValueError(f"{path} holds no {part} adapter: expected tensors {prefix}0.self_attn.q_proj.lora_A, ..")
     if alpha is None:
@@ -323,25 +346,33 @@ def load_lora(model, name, path, alpha=None, part="policy"):
             p.copy_(tensors[key])
 
 
-def base_folder(path):
-    """The model folder that a PEFT folder was trained on, as its adapter_config.json names it - a path from here, or from
-    the PEFT folder or one above it; any other path itself."""
+def adapter_chain(path):
+    """A model folder and the adapters to merge into it, in this order: a PEFT folder was trained on the model that its
+    adapter_config.json names - a path from here, or from the PEFT folder or one above it - or on a PEFT folder again."""
     path = Path(path)
     if not (path / "adapter_config.json").is_file():
-        return path
-    name = read_json_file(path / "adapter_config.json").get("base_model_name_or_path") or "(nothing)"
+        return path, []
+    name = str(read_json_file(path / "adapter_config.json").get("base_model_name_or_path") or "(nothing)")
     for folder in (above / name for above in (Path(), path, *path.absolute().parents)):
-        if (folder / "config.json").is_file() or (folder / "params.json").is_file():
-            return folder
+        if any((folder / file).is_file() for file in ("config.json", "params.json", "adapter_config.json")):
+            if folder.resolve() == path.resolve():
+                break
+            base, adapters = adapter_chain(folder)
+            return base, [*adapters, path]
     raise FileNotFoundError(f"{path} is an adapter of {name}, which is no model folder here: write the folder's path into "
                             "base_model_name_or_path of its adapter_config.json")
+
+
+def base_folder(path):
+    """The model folder at the end of adapter_chain; of a model folder itself."""
+    return adapter_chain(path)[0]
 
 
 def merged_readers(readers, folder):
     """Readers of a checkpoint (our name -> function that reads the tensor) with an adapter added to what they read:
     W + (alpha / r) B A in float32, one tensor at a time."""
     config, tensors = read_adapter(folder)
-    tensors, merged, scaling = dict(tensors), dict(readers), config["alpha"] / config["r"]
+    merged, scaling = dict(readers), config["alpha"] / config["r"]
 
     def read(name, A, B):
         weight = readers[name]().float()
@@ -349,13 +380,12 @@ def merged_readers(readers, folder):
             raise ValueError(f"{folder} is {B.shape[0]} x {A.shape[1]} at {name}, the model {tuple(weight.shape)}: another model's")
         return weight + B.float() @ A.float() * scaling
 
-    for name in readers:
-        keys = [peft_key(name.removesuffix(".weight"), matrix) for matrix in ("lora_A", "lora_B")]
-        if all(key in tensors for key in keys):
-            merged[name] = partial(read, name, *(tensors.pop(key) for key in keys))
-    if tensors:
-        raise ValueError(f"{folder}: tensor {min(tensors)} is not in this model")
-    return merged
+    places = {name: [peft_key(name.removesuffix(".weight"), matrix) for matrix in ("lora_A", "lora_B")]
+              for name in readers if name.split(".")[-2] in config["targets"]}
+    odd = sorted(set(sum(places.values(), [])) ^ set(tensors))
+    if odd:
+        raise ValueError(f"{folder}: tensor {odd[0]} is {'not in this model' if odd[0] in tensors else 'missing'}")
+    return merged | {name: partial(read, name, *(tensors[key] for key in keys)) for name, keys in places.items()}
 
 
 def check_widths(model, tensors, config, folder):

@@ -22,8 +22,8 @@ Decisions that are easy to get wrong:
 import hashlib
 import itertools
 import json
+import math
 import os
-import pickle
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -391,7 +391,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
     responses, logprobs = [None] * len(prompts), [None] * len(prompts)
-    u = torch.stack([uniforms(seed, row_ids[i], max_new_tokens) for i in order])
+    u = torch.stack([uniforms(seed, row_ids[i], max(limits)) for i in order])
     pick = lambda logits, u: sample(logits, u, temperature, top_p)
     with eval_mode(model):
         ids, logps = decode(model, [prompts[i] for i in order], [limits[i] for i in order], u, pick, eos_id, banned,
@@ -405,9 +405,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
 
 def check_generate(model, prompts, limits, temperature, top_p):
     """Refuse what cannot be generated, in one line."""
-    if min(limits, default=1) < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"got max_new_tokens {min(limits, default=1)}, temperature {temperature}, top_p {top_p}: "
-                         "expected at least 1, at least 0, and above 0 up to 1")
+    if min(limits, default=1) < 1 or not (temperature == 0 or 1e-3 <= temperature < math.inf) or not 0 < top_p <= 1:
+        raise ValueError(f"got max_new_tokens {min(limits, default=1)}, temperature {temperature}, top_p {top_p}: expected at "
+                         "least 1; 0 (greedy), or at least 0.001; and above 0 up to 1")
     if not all(prompts):
         raise ValueError("a prompt is empty: expected at least one id (BOS) in each")
     prompt, new = max(((len(p), n) for p, n in zip(prompts, limits)), key=sum, default=(0, 0))
@@ -550,71 +550,91 @@ def read_json(path):
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
+        lines = "; JSON lines? then its name must end in .jsonl" if e.msg == "Extra data" else ""
+        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg}{lines})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: JSON nested too deeply") from None
 
 
 def hf_config(raw, path):
     """Hugging Face's config.json -> LlamaConfig; refuses by name what this code does not implement."""
     if not isinstance(raw, dict):
         raise ValueError(f"{path}/config.json holds a {type(raw).__name__}, expected the settings of a LLaMA")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    window = raw.get("sliding_window")
-    refused = {"model_type": raw.get("model_type", "llama") != "llama", "rope_scaling": rope_type != "default",
-               "attention_bias": raw.get("attention_bias"), "mlp_bias": raw.get("mlp_bias"),
-               "hidden_act": raw.get("hidden_act", "silu") != "silu",
-               "sliding_window": window and window < raw.get("max_position_embeddings", 2048),
-               "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1,
-               "quantization_config": raw.get("quantization_config")}
-    for what in (k for k, v in refused.items() if v):
-        got = (raw.get("rope_scaling") or rope) if what == "rope_scaling" else raw.get(what)
-        raise ValueError(f"{path}/config.json: {what} = {got} is not implemented here (plain LLaMA only)")
-    try:
-        return LlamaConfig(
-            vocab_size=raw["vocab_size"], dim=raw["hidden_size"], n_layers=raw["num_hidden_layers"],
-            n_heads=raw["num_attention_heads"], n_kv_heads=raw.get("num_key_value_heads"),
-            ffn_dim=raw["intermediate_size"], norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 10000.0))),
-            max_seq_len=raw.get("max_position_embeddings", 2048), tie_embeddings=raw.get("tie_word_embeddings", False),
-            head_dim=raw.get("head_dim"))
-    except KeyError as e:
-        raise ValueError(f"{path}/config.json has no {e}: is this a LLaMA, and was the stage that writes it run to its end?") from None
-    except TypeError as e:
-        raise ValueError(f"{path}/config.json has a setting of a wrong type ({e})") from None
+    ropes = [r for r in (raw.get("rope_parameters"), raw.get("rope_scaling")) if r]
+    kinds = [r.get("rope_type", r.get("type", "default")) if isinstance(r, dict) else r for r in ropes]
+    thetas = [r["rope_theta"] for r in (raw, *ropes) if isinstance(r, dict) and r.get("rope_theta") is not None] or [10000.0]
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+    model_type = raw.get("model_type") or (raw.get("architectures") or ["llama"])[0]
+    refused = {"model_type": (model_type, "llama" not in str(model_type).lower() or raw.get("model_type", "llama") != "llama"),
+               "rope_scaling": (next((r for r, kind in zip(ropes, kinds) if kind != "default"), None), set(kinds) - {"default"}),
+               "rope_theta": (thetas, len(set(map(str, map(numeric, thetas)))) > 1),
+               "sliding_window": (window, window and numeric(window) < numeric(raw.get("max_position_embeddings", 2048))),
+               **{key: (raw.get(key), raw.get(key, plain) not in (plain, None)) for key, plain in (
+                   ("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("partial_rotary_factor", 1),
+                   ("quantization_config", None))}}
+    for what, (got, bad) in refused.items():
+        if bad:
+            raise ValueError(f"{path}/config.json: {what} = {got} is not implemented here (plain LLaMA only)")
+    sizes = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+             "n_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size", "head_dim": "head_dim",
+             "max_seq_len": "max_position_embeddings"}
+    given = {ours: raw[key] for ours, key in sizes.items() if raw.get(key) is not None}
+    for key in ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim"):
+        if key not in given:
+            raise ValueError(f"{path}/config.json has no {sizes[key]!r}: is this a LLaMA, and was the stage that writes it run to its end?")
+    wrong = [sizes[k] for k, v in given.items() if type(v) is not int or v < 1]
+    if wrong:
+        raise ValueError(f"{path}/config.json: {wrong[0]} = {raw[wrong[0]]!r} is not a whole number of at least 1")
+    eps = raw.get("rms_norm_eps")
+    return LlamaConfig(**given, norm_eps=1e-6 if eps is None else numeric(eps, f"{path}/config.json: rms_norm_eps"),
+                       rope_theta=numeric(thetas[0], f"{path}/config.json: rope_theta"),
+                       tie_embeddings=bool(raw.get("tie_word_embeddings", False)))
+
+
+def numeric(x, what="a setting"):
+    """A number as a float; ValueError for anything else."""
+    if type(x) not in (int, float):
+        raise ValueError(f"{what} = {x!r} is not a number")
+    return float(x)
 
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def weight_files(path):
-    """The files of a Hugging Face folder that hold its weights, sought in transformers' order."""
+    """The files of a Hugging Face folder that hold its weights, sought in transformers' order: file -> the names that the
+    index looks for in it (None: there is no index, all of them)."""
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(f"{path} has no weights: expected one of {', '.join(WEIGHT_FILES)}")
     if found.suffix != ".json":
-        return [found]
+        return {found: None}
     index = read_json(found)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise ValueError(f"{found}: expected a weight_map from tensors to files")
-    shards = sorted(set(index["weight_map"].values()))
-    missing = [s for s in shards if not (path / s).is_file()]
+    missing = sorted(file for file in set(where.values()) if not (path / file).is_file())
     if missing:
         raise FileNotFoundError(f"{path} has no {missing[0]}, which {found.name} names")
-    return [path / s for s in shards]
+    return {path / file: [name for name in where if where[name] == file] for file in sorted(set(where.values()))}
 
 
 def hf_tensors(path):
     """Hugging Face's name -> function that reads that tensor, for all weights of a folder."""
     readers = {}
-    for file in weight_files(path):
+    for file, wanted in weight_files(path).items():
         if file.suffix == ".safetensors":
             try:
                 f = safe_open(file, framework="pt")
             except SafetensorError as e:
                 raise ValueError(f"{file} cannot be read ({e}): truncated?") from None
-            readers |= {name: partial(f.get_tensor, name) for name in f.keys()}
+            found = {name: partial(f.get_tensor, name) for name in f.keys()}
         else:
-            readers |= {name: lambda tensor=tensor: tensor for name, tensor in read_pickle(file).items()}
+            found = {name: lambda tensor=tensor: tensor for name, tensor in read_pickle(file).items()}
+        lost = [name for name in wanted or () if name not in found]
+        if lost:
+            raise ValueError(f"{file} has no {lost[0]}, which the index looks for there")
+        readers |= found if wanted is None else {name: found[name] for name in wanted}
     return readers
 
 
@@ -623,34 +643,55 @@ def read_pickle(path):
     it is read: weights_only refuses everything but tensors."""
     try:
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError) as e:
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"{path} cannot be read as tensors ({why}): truncated, or it holds more than tensors") from None
-    if not isinstance(content, dict) or not all(torch.is_tensor(t) for t in content.values()):
+    except Exception:      # (torch.load names a damaged or a forbidden file in many ways)
+        raise ValueError(f"{path} cannot be read as tensors: it is damaged (truncated?), or holds more than tensors, which is "
+                         "not opened, since a pickle can run code") from None
+    if not isinstance(content, dict) or not all(isinstance(k, str) and torch.is_tensor(t) for k, t in content.items()):
         raise ValueError(f"{path}: expected a dictionary of tensors, got a {type(content).__name__} of other things")
     return content
 
 
 def meta_config(path):
-    """LlamaConfig of Meta's params.json, and the shards consolidated.*.pth: the widths that params.json leaves out are
-    those of the tensors."""
-    files = sorted(path.glob("consolidated.*.pth"))
-    if not files:
-        raise FileNotFoundError(f"{path} has params.json but no consolidated.*.pth")
-    shards, raw = [read_pickle(f) for f in files], read_json(path / "params.json")
+    """LlamaConfig of Meta's params.json, and the shards consolidated.*.pth, if they are there: the widths that params.json
+    leaves out are those of the tensors; without them LLaMA's rules and vocabulary give them."""
+    raw, files = read_json(path / "params.json"), sorted(path.glob("consolidated.*.pth"))
+    given = {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else {}
+    for key in ("dim", "n_layers", "n_heads", "norm_eps"):
+        if type(given.get(key)) not in (int, float) or given[key] <= 0:
+            raise ValueError(f"{path}/params.json: {key} = {given.get(key)!r} is no number above 0")
+    odd = [k for k in ("use_scaled_rope", "moe", "lora_args", "quantization_args") if given.get(k)]
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} is not implemented here")
+    if [f.name for f in files] != [f"consolidated.{i:02}.pth" for i in range(len(files))]:
+        raise ValueError(f"{path} holds {', '.join(f.name for f in files)}: a shard is missing")
+    shards = [read_pickle(f) for f in files]
+    vocab_size, ffn_dim = shard_widths(path, given, shards) if shards else (given.get("vocab_size", -1), meta_ffn_dim(given))
+    return LlamaConfig(
+        vocab_size=vocab_size if vocab_size > 0 else 32000, dim=given["dim"], n_layers=given["n_layers"],
+        n_heads=given["n_heads"], n_kv_heads=given.get("n_kv_heads"), ffn_dim=ffn_dim, norm_eps=given["norm_eps"],
+        rope_theta=numeric(given.get("rope_theta", 10000.0)), max_seq_len=given.get("max_seq_len", 2048)), shards
+
+
+def meta_ffn_dim(given):
+    """The feed-forward width by Meta's rule: two thirds of 4 D, perhaps scaled, rounded up to a multiple."""
+    width, unit = int(given.get("ffn_dim_multiplier", 1) * int(8 * given["dim"] / 3)), given.get("multiple_of", 256)
+    return -(-width // unit) * unit
+
+
+def shard_widths(path, given, shards):
+    """(vocabulary, feed-forward width) of Meta's shards; ValueError if one of them is missing or there twice."""
     first, n = shards[0], len(shards)
     wanted = ("output.weight", "layers.0.feed_forward.w1.weight", "layers.0.attention.wq.weight")
-    absent = [k for k in ("dim", "n_layers", "n_heads", "norm_eps") if k not in raw] + [k for k in wanted if k not in first]
-    if absent or raw.get("use_scaled_rope"):
-        raise ValueError(f"{path}: {absent[0]} is missing" if absent else f"{path}: use_scaled_rope is not implemented here")
+    absent = [k for k in wanted if any(k not in shard for shard in shards)]
+    if absent:
+        raise ValueError(f"{path}: {absent[0]} is missing")
     vocab_size, ffn_dim, rows = (first[k].shape[0] * n for k in wanted)
-    if rows != raw["dim"]:
-        raise ValueError(f"{path}: {n} files consolidated.*.pth hold {rows} rows of wq, params.json says {raw['dim']}: "
+    if rows != given["dim"]:
+        raise ValueError(f"{path}: {n} files consolidated.*.pth hold {rows} rows of wq, params.json says {given['dim']}: "
                          "a shard is missing, or one is too many")
-    return LlamaConfig(
-        vocab_size=vocab_size, dim=raw["dim"], n_layers=raw["n_layers"], n_heads=raw["n_heads"],
-        n_kv_heads=raw.get("n_kv_heads"), ffn_dim=ffn_dim, norm_eps=raw["norm_eps"],
-        rope_theta=raw.get("rope_theta", 10000.0), max_seq_len=raw.get("max_seq_len", 2048)), shards
+    if any(torch.equal(first[wanted[2]], shard[wanted[2]]) for shard in shards[1:]):
+        raise ValueError(f"{path}: two of the shards are the same file")
+    return vocab_size, ffn_dim
 
 
 def meta_checkpoint(path):
@@ -658,6 +699,8 @@ def meta_checkpoint(path):
 
     Model-parallel shards are joined on the side that was split; rotary pairs go from interleaved to half-split.
     """
+    if not any(path.glob("consolidated.*.pth")):
+        raise FileNotFoundError(f"{path} has params.json but no consolidated.*.pth")
     config, shards = meta_config(path)
 
     def read(name):
@@ -687,12 +730,12 @@ def fill(module, readers, path):
     """
     params = dict(module.named_parameters(remove_duplicate=False))
     readers = {name: read for name, read in readers.items() if not name.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
-    if getattr(module, "config", None) and module.config.tie_embeddings:      # one matrix under two names: one is enough
-        for name, other in (("output.weight", "tok_embeddings.weight"), ("tok_embeddings.weight", "output.weight")):
-            if other in readers and name in params:
-                readers.pop(name, None)
-                params.pop(name)
-                break
+    matrices = [name for name in ("tok_embeddings.weight", "output.weight") if name in readers]
+    if matrices and getattr(module, "config", None) and module.config.tie_embeddings:      # one matrix, two names: one will do
+        if len(matrices) == 2 and not torch.equal(*(readers[name]() for name in matrices)):
+            raise ValueError(f"{path}: the config ties output to embeddings, but the file has two different matrices")
+        other = "output.weight" if matrices[0] == "tok_embeddings.weight" else "tok_embeddings.weight"
+        readers.pop(other, None), params.pop(other, None)
     for name in sorted(set(readers) - set(params))[:1]:
         raise ValueError(f"{path}: tensor {name} {tuple(readers[name]().shape)} has no place in this model")
     missing = sorted(set(params) - set(readers))

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import length_mask, pack, response_states, response_tokens
-from lora import (adapter, add_lora, base_folder, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
+from lora import (adapter, adapter_chain, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
                   merged_readers, read_tensors, save_lora, targets_of)
-from model import (Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config, hf_config_json, hf_name,
+from model import (WEIGHT_FILES, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config, hf_config_json, hf_name,
                    hf_tensors, load_llama, open_checkpoint, our_name, read_json, read_model_config, response_logprobs,
                    save_llama, save_shards, save_weights, write_json)
 from ppo import Rollout, join_rollouts
@@ -181,9 +181,12 @@ def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
 def load_trunk(path, device="cpu", dtype=torch.float32):
     """A model from its folder (load_llama); or, from an adapter's folder, the model that it was trained on with the adapter
     merged in, tensor by tensor, in float32: such an SFT model is then an ordinary one, and PPO's reference."""
-    config, readers = open_checkpoint(base_folder(path))
+    base, adapters = adapter_chain(path)
+    config, readers = open_checkpoint(base)
+    for folder in adapters:
+        readers = merged_readers(readers, folder)
     model = empty_llama(config, device, dtype)
-    fill(model, merged_readers(readers, path) if is_adapter(path) else readers, path)
+    fill(model, readers, path)
     return model
 
 
@@ -409,8 +412,13 @@ def recover(base, diff, out, dtype=torch.float32):
     rotary = [name for name in diff_readers if name.endswith("rotary_emb.inv_freq")]
     diff_readers = {name: read for name, read in diff_readers.items() if name not in rotary}
     check_same_model(base_readers, diff_readers, diff)
-    if (out / "config.json").exists():
-        raise ValueError(f"{out} holds a model already: choose another folder")
+    check_new_folder(out)
+    published = diff / "model_sum.txt"
+    published = published.read_text().strip() if published.is_file() else None
+    try:
+        published = published and float(published)
+    except ValueError:
+        raise ValueError(f"{diff}/model_sum.txt: expected a number, got {published[:40]!r}") from None
 
     def recovered():
         for name, read in diff_readers.items():
@@ -422,12 +430,12 @@ def recover(base, diff, out, dtype=torch.float32):
 
     save_shards(recovered(), out)
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
-    total, published = sum(sums), diff / "model_sum.txt"
-    published = float(published.read_text()) if published.is_file() else None
+    total = sum(sums)
     possible = total, total + len(rotary) * frequencies.sum().item()
     if published is not None and not any(math.isclose(s, published, rel_tol=1e-5) for s in possible):
+        (out / "model.safetensors.index.json").unlink()
         raise ValueError(f"the recovered weights sum to {total:.4f}, {diff}/model_sum.txt says {published:.4f}: {base} is not the "
-                         f"model that this diff was made for; {out} is not usable")
+                         f"model that this diff was made for; what is in {out} is of no use")
     tokenizer = next((f / "tokenizer.model" for f in (diff, base) if (f / "tokenizer.model").is_file()), None)
     if tokenizer:
         shutil.copy(tokenizer, out / "tokenizer.model")
@@ -435,6 +443,15 @@ def recover(base, diff, out, dtype=torch.float32):
     reward = {"architectures": ["LlamaRewardModel"], "score_eos": False} if "reward_head.weight" in diff_readers else {}
     write_json(out / "config.json", hf_config_json(replace(config, vocab_size=vocab_size), dtype) | reward)
     return total, published
+
+
+def check_new_folder(out):
+    """Refuse to write a model where one is, or where weights of another would be read instead."""
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"{out} is a file: expected a folder to write to")
+    found = [name for name in (*WEIGHT_FILES, "config.json", "params.json", "adapter_config.json") if (Path(out) / name).exists()]
+    if found:
+        raise ValueError(f"{out} holds a model already ({found[0]}): choose another folder")
 
 
 def check_same_model(base_readers, diff_readers, diff):

@@ -4,6 +4,7 @@ golden/make_golden.py says where the expected numbers come from: transformers, p
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT
 from golden.make_golden import write_model
 from lora import adapter, add_lora, base_folder, load_lora, lora_layers, lora_parameters, merge_lora, save_lora
-from model import Llama, LlamaConfig, generate, load_llama, save_llama
+from model import Llama, LlamaConfig, generate, load_llama, read_model_config, save_llama
 from reward import (ActorCritic, RewardModel, load_paper_adapters, load_reward_model, load_trunk, recover, save_reward_model)
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -119,13 +120,40 @@ def test_quantised_weights_are_not_taken_for_numbers(tmp_path):
         load_llama(tmp_path)
 
 
-def test_of_a_tied_pair_the_embedding_counts(tmp_path):
-    """Some tied checkpoints carry a stale lm_head: transformers ties it to the embedding, and so do we."""
+def test_a_tied_pair_may_be_there_twice_but_not_differ(tmp_path):
+    """Some tied checkpoints carry a copy under the other name. A different one contradicts the config: which is meant?"""
     file = write_model("tied", tmp_path) / "model.safetensors"
-    expected = load_file(GOLDEN / "tied" / "expected.safetensors")
-    save_file(load_file(file) | {"lm_head.weight": torch.zeros(128, 64)}, file)
+    expected, tensors = load_file(GOLDEN / "tied" / "expected.safetensors"), load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
     with torch.no_grad():
         assert largest(load_llama(tmp_path)(expected["tokens"]) - expected["logits"]) <= 1e-5
+    save_file(tensors | {"lm_head.weight": torch.zeros(128, 64)}, file)
+    with pytest.raises(ValueError, match="two different matrices"):
+        load_llama(tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [("vocab_size", "128"), ("num_hidden_layers", 2.0), ("rms_norm_eps", "small"), ("hidden_size", -64),
+                                        ("num_attention_heads", 0), ("rope_scaling", "linear"), ("rope_theta", 1e6)])
+def test_a_config_with_nonsense_in_it_is_one_line(key, value, tmp_path):
+    """The golden config says rope_theta 10000 in rope_parameters: two that disagree are nonsense too."""
+    config = json.loads((write_model("mha", tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=key):
+        load_llama(tmp_path)
+
+
+def test_each_tensor_is_read_from_the_file_that_the_index_names(tmp_path):
+    """A stale copy of a tensor in another shard must not win, and one that is not where it should be is missed."""
+    as_bin(tmp_path, shards=2)
+    index = json.loads((tmp_path / "pytorch_model.bin.index.json").read_text())
+    name = "model.norm.weight"
+    other = next(file for file in index["weight_map"].values() if file != index["weight_map"][name])
+    torch.save(torch.load(tmp_path / other) | {name: torch.zeros(64)}, tmp_path / other)
+    assert load_llama(tmp_path).norm.weight.abs().min() > 0
+    right = tmp_path / index["weight_map"][name]
+    torch.save({k: v for k, v in torch.load(right).items() if k != name}, right)
+    with pytest.raises(ValueError, match=f"{right.name} has no {name}"):
+        load_llama(tmp_path)
 
 
 def test_a_lost_shard_of_metas_is_noticed(tmp_path):
@@ -134,6 +162,23 @@ def test_a_lost_shard_of_metas_is_noticed(tmp_path):
     torch.save({"output.weight": torch.zeros(64, 64), "layers.0.feed_forward.w1.weight": torch.zeros(88, 64),
                 "layers.0.attention.wq.weight": torch.zeros(32, 64)}, tmp_path / "consolidated.00.pth")
     with pytest.raises(ValueError, match="1 files .* hold 32 rows of wq, params.json says 64"):
+        load_llama(tmp_path)
+    shutil.copy(tmp_path / "consolidated.00.pth", tmp_path / "consolidated.02.pth")
+    with pytest.raises(ValueError, match="a shard is missing"):
+        load_llama(tmp_path)
+    (tmp_path / "consolidated.02.pth").rename(tmp_path / "consolidated.01.pth")
+    with pytest.raises(ValueError, match="two of the shards are the same"):
+        load_llama(tmp_path)
+
+
+def test_metas_params_alone_tell_the_sizes_of_llama_7b_and_70b(tmp_path):
+    """For a dry run before the weights are here: 11008 and 28672 by Meta's rule, 32000 where it says -1."""
+    for params, ffn_dim in (({"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1}, 11008),
+                            ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8,
+                              "n_layers": 80, "norm_eps": 1e-5, "vocab_size": -1}, 28672)):
+        (tmp_path / "params.json").write_text(json.dumps(params))
+        assert read_model_config(tmp_path).ffn_dim == ffn_dim and read_model_config(tmp_path).vocab_size == 32000
+    with pytest.raises(FileNotFoundError, match="consolidated"):
         load_llama(tmp_path)
 
 
@@ -378,6 +423,47 @@ def test_the_base_of_an_adapter_is_sought_from_here_and_from_above(tmp_path, mon
     with pytest.raises(FileNotFoundError, match="no-such/hub-model, which is no model folder here"):
         base_folder(peft_folder(tmp_path / "lost", "no-such/hub-model"))
     assert base_folder(tmp_path / "runs" / "sft") == tmp_path / "runs" / "sft"
+
+
+def test_an_adapter_on_an_adapter_is_merged_after_it(tmp_path):
+    """PPO's policy, trained on an SFT model that was an adapter itself: LLaMA, then SFT's product, then PPO's."""
+    (tmp_path / "base").mkdir()
+    write_model("mha", tmp_path / "base")
+    sft = peft_folder(tmp_path / "sft", tmp_path / "base")
+    model = load_trunk(sft)
+    add_lora(model, "policy", r=2, alpha=4)
+    for p in lora_parameters(model, "policy"):
+        torch.nn.init.normal_(p, std=0.1)
+    save_lora(model, "policy", tmp_path / "policy", sft)
+    merge_lora(model, "policy")
+    tokens = load_file(GOLDEN / "mha" / "expected.safetensors")["tokens"]
+    with torch.no_grad():
+        assert largest(load_trunk(tmp_path / "policy")(tokens) - model(tokens)) <= 1e-5
+    peft_folder(tmp_path / "loop", tmp_path / "loop")
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        base_folder(tmp_path / "loop")
+
+
+@pytest.mark.parametrize("config, tensors, says", [
+    ({"r": 8}, {}, "of rank r 8"), ({"r": -4}, {}, "whole number"), ({"r": True}, {}, "whole number"), ({"lora_alpha": float("nan")}, {}, "lora_alpha"),
+    ({"alora_invocation_tokens": [5]}, {}, "alora"), ({"init_lora_weights": "pissa"}, {}, "pissa"), ({"target_modules": ["k_proj"]}, {}, "not in this model"),
+    ({}, {"layers.1.self_attn.q_proj.lora_A": None}, "is missing"), ({}, {"layers.0.self_attn.q_proj.lora_B": torch.full((64, 4), torch.nan)}, "finite"),
+    ({}, {"layers.0.self_attn.q_proj.lora_B": torch.ones(64, 4, dtype=torch.int8)}, "int8")])
+def test_an_adapter_that_does_not_add_up_is_refused_in_both_ways_of_reading(config, tensors, says, tmp_path):
+    """Merged on reading or put beside the base: neither may take half an adapter, or another kind of one, for a plain one."""
+    (tmp_path / "base").mkdir()
+    write_model("mha", tmp_path / "base")
+    folder = peft_folder(tmp_path / "sft", tmp_path / "base")
+    about, found = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(about | config))
+    for name, value in tensors.items():
+        key = f"base_model.model.model.{name}.weight"
+        found.pop(key) if value is None else found.update({key: value})
+    save_file(found, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=says):
+        load_trunk(folder)
+    with pytest.raises(ValueError, match=says):
+        load_lora(load_llama(tmp_path / "base"), "policy", folder)
 
 
 def test_an_adapter_of_another_model_is_not_merged(tmp_path):
