@@ -120,6 +120,7 @@ def read_rows(path):
 def text_field(row, key, where, default=None):
     """row[key], which must be a string (absent: the default, if there is one)."""
     value = row.get(key, default) if isinstance(row, dict) else None
+    value = default if value is None else value
     if not isinstance(value, str):
         got = "no such field" if not isinstance(row, dict) or key not in row else f"{type(value).__name__} {value!r}"
         raise ValueError(f"{where}: expected a text in '{key}', got {got}")

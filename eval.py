@@ -35,9 +35,9 @@ from pathlib import Path
 import torch
 
 from data import Tokenizer, load_prompts, read_rows, text_field
-from lora import base_folder, load_lora, merge_lora
-from model import generate, keyed_seed, read_json, read_model_config, read_text, save_llama, write_json
-from reward import (ActorCritic, assess, build_models, load_policy, load_reward_model, load_trunk, recover,
+from lora import base_folder, load_lora, lora_parameters, merge_lora
+from model import fingerprint, generate, keyed_seed, read_json, read_model_config, read_text, save_llama, write_json
+from reward import (ActorCritic, assess, build_models, check_new_folder, load_policy, load_reward_model, load_trunk, recover,
                     score_responses)
 from toy import world
 
@@ -590,7 +590,11 @@ def load_answering(path, adapter_path=None, alpha=None, tokenizer=None, device="
     """A policy that can answer: that of a PPO run, or a model folder, or a PEFT folder (merged into its base); with
     adapter_path an adapter on top (a PEFT folder, or the paper's released file with its alpha). -> ActorCritic, Tokenizer"""
     path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}")
     run = (read_json(path / "config.json").get("run") or {}) if (path / "policy").is_dir() else {}
+    if alpha is not None and not adapter_path or run and adapter_path:
+        raise ValueError(f"{path} is a PPO run, which has its own adapter: no --adapter goes with it" if run else "--alpha goes with --adapter")
     base = path / run["model"] if run else path
     adapter_path = path / "policy" if run.get("lora_rank") else adapter_path
     if run and not run["lora_rank"]:
@@ -616,7 +620,8 @@ def answer_rows(net, tokenizer, rows, where, batch=32, part=None, **settings):
     too_long = [i for i, p in enumerate(prompts) if len(p) >= room]
     if too_long:
         raise ValueError(f"{where}, row {too_long[0]}: the prompt has {len(prompts[too_long[0]])} tokens, the model {room} positions")
-    key = keyed_seed(json.dumps(settings), prompts)
+    weights = [fingerprint(net.policy), *(p.double().sum().item() for p in lora_parameters(net.policy, net.policy_adapter))]
+    key = keyed_seed(json.dumps(settings), prompts, weights)
     texts = read_part(part, key) if part else []
     for start in range(len(texts), len(rows), batch):
         ids = range(start, min(start + batch, len(rows)))
@@ -624,18 +629,18 @@ def answer_rows(net, tokenizer, rows, where, batch=32, part=None, **settings):
         texts += [tokenizer.decode_response(a) for a in answers]
         if part:
             with open(part, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(t) + "\n" for t in texts[start:])
+                f.writelines(([] if start else [f"{key}\n"]) + [json.dumps(t) + "\n" for t in texts[start:]])
             print(f"\r{len(texts)} of {len(rows)} answers", end="" if len(texts) < len(rows) else "\n", file=sys.stderr, flush=True)
     return texts
 
 
 def read_part(part, key):
-    """The answers that an interrupted call has left, or a new file that begins with the key of this call."""
+    """The answers that an interrupted call has left behind the key of this call, if any; half a line is cut off."""
     if not part.is_file():
-        part.write_text(f"{key}\n", encoding="utf-8")
-    lines = part.read_text(encoding="utf-8").split("\n")
+        return []
+    lines = read_text(part).split("\n")
     if lines[0] != str(key):
-        raise ValueError(f"{part} was begun with other instructions or settings: give the same, or remove it")
+        raise ValueError(f"{part} was begun with another model, other instructions or settings: give the same, or remove it")
     whole = lines[1:-1]                                    # (the last line has no end: empty, or cut off)
     part.write_text("\n".join([lines[0], *whole, ""]), encoding="utf-8")
     return [json.loads(line) for line in whole]
@@ -658,6 +663,8 @@ def instructions(path, form):
     """Rows to answer. factscore: a file of names, one a line, each asked for as FActScore does; else JSON rows."""
     if form == "factscore":
         names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+        if not names:
+            raise ValueError(f"{path}: expected names, one a line, got none")
         return [{"topic": name, "instruction": f"Tell me a bio of {name}."} for name in names]
     rows = read_rows(path)
     for i, row in enumerate(rows if form == "alpacafarm" else []):
@@ -672,6 +679,12 @@ def write_rows(path, rows, form):
         Path(f"{path}.tmp").replace(path)
     else:
         write_json(path, rows)
+
+
+def check_output(path):
+    """Refuse what could not be written, before an hour of answers."""
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"cannot write to {path}: " + ("it is a folder" if Path(path).is_dir() else "its folder does not exist"))
 
 
 def save_merged(net, tokenizer, folder):
@@ -739,6 +752,7 @@ def load_from(args):
 
 
 def command_generate(args):
+    check_output(args.output) if args.output else None
     net, tokenizer, settings = load_from(args)
     rows = [{"instruction": args.prompt}] if args.prompt is not None else read_rows(args.input)
     part = Path(f"{args.output}.part") if args.output else None
@@ -759,12 +773,19 @@ def command_chat(args):
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if text.strip():
-            print(*answer_rows(net, tokenizer, [{"instruction": text}], "your line", **settings | {"seed": f"{args.seed} {turn}"}), "", sep="\n")
+        except UnicodeDecodeError:
+            text = "\ud800"                                 # (no text: answer_rows says so)
+        try:
+            if text.strip():
+                print(*answer_rows(net, tokenizer, [{"instruction": text}], "your line", **settings | {"seed": f"{args.seed} {turn}"}), "",
+                      sep="\n")
+        except ValueError as e:
+            print(e, file=sys.stderr)
 
 
 def command_export(args):
     if args.format == "merged":
+        check_new_folder(args.output)
         net, tokenizer, _ = load_from(args)
         if not save_merged(net, tokenizer, args.output):
             print(f"note: {tokenizer.path} has user-defined pieces, which transformers' LlamaTokenizer does not know: give the model "
@@ -773,6 +794,7 @@ def command_export(args):
     if not args.input:
         raise ValueError(f"--format {args.format} needs --input: {'names, one a line' if args.format == 'factscore' else 'JSON rows'}")
     rows = instructions(args.input, args.format)
+    check_output(args.output)
     net, tokenizer, settings = load_from(args)
     part = Path(f"{args.output}.part")
     texts = answer_rows(net, tokenizer, rows, args.input, args.batch, part, **settings)
@@ -785,6 +807,8 @@ def command_winrate(args):
     rows = read_rows(args.file)
     if not args.reward:
         c = count_preferences([row.get("preference") if isinstance(row, dict) else None for row in rows])
+        if c["n_total"] == 1:
+            raise ValueError(f"{args.file} has one judgement: that is no win rate")
         low, high = win_rate_interval(c["win_rate"], c["standard_error"])
         print(f"output_2 wins {c['win_rate']:.2%} +-{c['standard_error']:.2%} (95 % interval {low:.1%} to {high:.1%}) of {c['n_total']}: "
               f"{c['n_wins']} wins, {c['n_wins_base']} losses, {c['n_draws']} draws" + (f"; {c['left_out']} without a judgement left out" if c["left_out"] else ""))
@@ -793,6 +817,7 @@ def command_winrate(args):
     trunk = load_trunk(args.model, device, dtype) if args.model else None
     reward_model = load_reward_model(args.reward, device, dtype, trunk)
     tokenizer = Tokenizer(args.tokenizer or Path(args.reward) / "tokenizer.model")
+    tokenizer.check_fits(reward_model.trunk.config.vocab_size, args.reward)
     first, second = judge_pairs(rows, args.file, reward_model, tokenizer, args.batch)
     w = win_rate_with_error(second, first)
     print(f"output_2 wins {w['value']:.2%} +-{w['se']:.2%} (95 % interval {w['low']:.1%} to {w['high']:.1%}) of {len(rows)}, judged by {args.reward}; "
@@ -825,6 +850,12 @@ def command_figures(args):
     write_figures(load_outcomes(args.runs), args.out)
 
 
+def at_least_one(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
+
+
 def add_decoding(p):
     """Arguments of the commands that let a policy answer."""
     p.add_argument("run", metavar="RUN", help="PPO run folder such as runs/toy/ppo, a model folder, or a PEFT folder")
@@ -836,7 +867,7 @@ def add_decoding(p):
     for name, kind in (("temperature", float), ("top_p", float), ("max_new_tokens", int)):
         p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch", type=int, default=32, help="answers decoded at once (32)")
+    p.add_argument("--batch", type=at_least_one, default=32, help="answers decoded at once (32)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")
 
 
@@ -879,7 +910,7 @@ def build_parser():
     p.add_argument("--reward", help="reward model folder that judges the pairs, instead of the file's preferences")
     p.add_argument("--model", help="the trunk of --reward, if that is an adapter")
     p.add_argument("--tokenizer", help="sentencepiece file (default: tokenizer.model of --reward)")
-    p.add_argument("--batch", type=int, default=32, help="rows scored at once (32)")
+    p.add_argument("--batch", type=at_least_one, default=32, help="rows scored at once (32)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     p = command("recover", command_recover, "a tuned model from LLaMA and a released weight diff")
     p.add_argument("base", metavar="LLAMA", help="folder of the model that the diff was made for")

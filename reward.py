@@ -27,7 +27,7 @@ from torch import nn
 
 from data import length_mask, pack, response_states, response_tokens
 from lora import (adapter, adapter_chain, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
-                  merged_readers, read_tensors, save_lora, targets_of)
+                  merged_readers, read_adapter_config, read_tensors, save_lora, targets_of)
 from model import (WEIGHT_FILES, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config, hf_config_json, hf_name,
                    hf_tensors, load_llama, open_checkpoint, our_name, read_json, read_model_config, response_logprobs,
                    save_llama, save_shards, save_weights, write_json)
@@ -364,6 +364,18 @@ def backbone_config(path, about, readers, policy=None):
     if dim % head_dim or kv_width % head_dim:
         raise ValueError(f"{path}/config.json does not say the head width: put the backbone's folder into its backbone_model_name_or_path")
     return LlamaConfig(vocab_size, dim, n_layers, dim // head_dim, kv_width // head_dim, ffn_dim, head_dim=head_dim)
+
+
+def check_reward_model(path, tokenizer):
+    """What a reward model's config files say, without its weights: whether they can be read, and hold the tokenizer's ids."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no reward model: expected config.json, as --stage reward writes it")
+    about = read_json(path / "config.json")
+    if is_adapter(path):
+        read_adapter_config(path)
+    elif not isinstance(about, dict) or about.get("model_type") != "reward_model":       # (AlpacaFarm's says no sizes)
+        tokenizer.check_fits(hf_config(about, path).vocab_size, path)
 
 
 def load_reward_adapter(path, about, trunk, adapter_name):

@@ -44,7 +44,7 @@ from model import Llama, LlamaConfig, generate, keyed_seed, read_json, read_mode
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards, value_loss,
                  whiten)
 from regularizers import EXACT, SAMPLED, sampled
-from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, count_parameters, kv_cache_bytes,
+from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, check_reward_model, count_parameters, kv_cache_bytes,
                     load_trunk, save_policy, save_reward_model, training_memory)
 
 STAGES = ("sft", "reward", "ppo")
@@ -811,7 +811,7 @@ def check_first_step(rollout, row, dtype, dropout=0.0):
     claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing", rollout.kl.abs().max().item(), 0.0),
               ("the first ratio is 1: the update's forward is the rollout's", 0 if dropout else row["first_ratio_max"], tolerance),
               ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the full forward",
-               row["sampling_gap"], 1e-4 if dtype == torch.float32 else 0.5)]
+               row["sampling_gap"], 1e-3 if dtype == torch.float32 else 0.5)]
     for claim, got, bound in claims:
         if not got <= bound:
             raise RuntimeError(f"step 1 broke an assumption: {claim}; got a difference of {got:.2e}, at most {bound:.0e} is rounding")
@@ -949,7 +949,7 @@ def load_inputs(cfg, stages):
     tokenizer.check_fits(model_config.vocab_size, cfg.model or "the toy model")
     found = {"tokenizer": tokenizer, "banned_ids": tokenizer.banned_ids(model_config.vocab_size)}
     need = lambda name: getattr(cfg, name) or missing_setting(cfg, name)
-    check_earlier_stages(cfg, stages)
+    check_earlier_stages(cfg, stages, tokenizer)
     if {"sft", "reward"} & set(stages) and cfg.max_len > model_config.max_seq_len:
         raise ValueError(f"--max_len {cfg.max_len} exceeds the model's {model_config.max_seq_len} positions: lower it")
     if "sft" in stages:
@@ -976,7 +976,7 @@ def load_inputs(cfg, stages):
     return Inputs(**found)
 
 
-def check_earlier_stages(cfg, stages):
+def check_earlier_stages(cfg, stages, tokenizer):
     """What a stage builds on, and is not made by this command, has to stand."""
     for stage in {"reward", "ppo"} & set(stages):
         if cfg.input_model(stage) != cfg.model and "sft" not in stages:
@@ -986,8 +986,8 @@ def check_earlier_stages(cfg, stages):
             missing_setting(cfg, "reward")
         if not cfg.reward:
             require_finished(cfg.reward_path(), "reward")
-        elif not (Path(cfg.reward) / "config.json").is_file():
-            raise FileNotFoundError(f"{cfg.reward} holds no reward model: expected config.json, as --stage reward writes it")
+        else:
+            check_reward_model(cfg.reward, tokenizer)
 
 
 def require_finished(folder, stage):
@@ -1037,6 +1037,8 @@ def plan(cfg):
 
 def dry_run(cfg, inputs, stages):
     """Sizes, memory of one process by item, and steps of each stage, from the configs alone (reward.training_memory)."""
+    if not stages:
+        return say(f"dry run: all stages are finished in {cfg.out}, there is nothing to train")
     config = read_model_config(base_folder(cfg.model)) if cfg.model else TOY_MODEL
     dtype, total = cfg.trunk_dtype("cuda" if torch.cuda.is_available() else "cpu"), count_parameters(config)[0]
     say(f"dry run: {world_size()} process{'es' * (world_size() > 1)}, frozen weights in {dtype}, {total:,} parameters in the model\n")
@@ -1103,7 +1105,8 @@ def main(argv=None):
                 runs[s].set_aside()
     dist.barrier()
     if todo and cfg.model and base_folder(cfg.model) != Path(cfg.model):
-        say(f"{cfg.model} is an adapter: it is merged into {base_folder(cfg.model)} first, so the reference is that SFT model")
+        say(f"{cfg.model} is an adapter: it is merged into {base_folder(cfg.model)} first, and that model is "
+            + ("the reference" if "ppo" in todo else "trained"))
     stopper = Stopper()
     try:
         for stage, run in runs.items():

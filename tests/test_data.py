@@ -234,8 +234,8 @@ def test_prompts_over_the_limit_are_dropped_and_counted(small, tmp_path):
     ('[{"instruction": "x", "output": "y"}, {"output": "y"}]', "row 1.*instruction"),
     ('[{"instruction": "x", "output": 5}]', "row 0.*output.*5"),
     ('[{"instruction": " ", "output": "y"}]', "row 0.*instruction"),
-    ('[{"instruction": "x", "input": null, "output": "y"}]', "row 0.*input"),
-], ids=["broken", "empty", "object", "strings", "no-instruction", "number", "blank", "null"])
+    ('[{"instruction": "x", "input": 5, "output": "y"}]', "row 0.*input.*5"),
+], ids=["broken", "empty", "object", "strings", "no-instruction", "number", "blank", "input"])
 def test_a_broken_data_file_is_refused_with_file_and_row(text, says, small, tmp_path):
     """Sooner and clearer than a KeyError in the middle of a run."""
     (tmp_path / "sft.json").write_text(text)

@@ -1,14 +1,17 @@
 """Statistics of the evaluation, by hand and by simulation; and that a finished run can be read back."""
 import json
 import random
+import re
 import shutil
 import sys
 
 import pytest
+import torch
 
 import eval as evaluation
 import train
 from conftest import ROOT
+from model import Llama, LlamaConfig, save_llama
 
 sys.path.insert(0, str(ROOT / "tests"))
 from test_train import ppo_flags  # noqa: E402
@@ -226,7 +229,7 @@ def test_generate_answers_a_prompt_and_a_file(tiny, tmp_path, one_process, capsy
 
 @pytest.mark.parametrize("argv, message", [
     (["table", "nowhere"], "expected PPO run folders"), (["figures", "nowhere"], "expected PPO run folders"),
-    (["generate", "nowhere", "--prompt", "x"], "no tokenizer"), (["generate", "x"], "required"), (["export", "x", "--outputs", "y"], "--output"),
+    (["generate", "nowhere", "--prompt", "x"], "no folder nowhere"), (["generate", "x"], "required"), (["export", "x", "--outputs", "y"], "--output"),
     (["winrate", "nowhere.json"], "no data file at nowhere.json"), (["recover", "a", "b", "c"], "holds no model")])
 def test_a_missing_run_is_one_line(argv, message, capsys):
     """Status 2 and what was expected there."""
@@ -367,3 +370,49 @@ def test_pairs_judged_by_a_reward_model(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation.main(flags)
     assert "is an adapter" in capsys.readouterr().err
+
+
+BAD = [(["export", "RUN", "--format=merged", "--output", "RUN"], "holds a model already"),
+       (["export", "RUN", "--input=IN", "--output=DIR/no/such.json"], "its folder does not exist"),
+       (["export", "RUN", "--output=x.json"], "needs --input"),
+       (["export", "RUN", "--format=factscore", "--input=EMPTY", "--output=x.jsonl"], "expected names"),
+       (["export", "RUN", "--format=alpacafarm", "--input=IN", "--output=DIR/x.json"], "row 0 .*: expected a text in 'output'"),
+       (["generate", "RUN", "--prompt=x", "--alpha=64"], "--alpha goes with --adapter"),
+       (["generate", "RUN", "--prompt=x", "--adapter=DIR/no"], "DIR/no"), (["generate", "RUN", "--prompt=x", "--batch=0"], "0 is below 1"),
+       (["generate", "RUN", "--prompt=x", "--temperature=nan"], "temperature nan"), (["generate", "RUN", "--prompt=x", "--top_p=0"], "top_p 0"),
+       (["generate", "RUN", "--prompt=x", "--max_new_tokens=0"], "max_new_tokens 0"), (["generate", "RUN", "--prompt= "], "'instruction' is empty"),
+       (["winrate", "IN", "--reward=RUN", "--batch=-1"], "-1 is below 1"), (["winrate", "IN"], "no row has a preference")]
+
+
+@pytest.mark.parametrize("argv, message", BAD, ids=[m for _, m in BAD])
+def test_a_mistake_in_an_export_is_one_line_and_costs_nothing(tiny, tmp_path, argv, message, capsys):
+    """Before the model answers a thousand questions; nothing is written, or left lying about, and no model overwritten."""
+    run = shutil.copytree(tiny / "sft", tmp_path / "run")
+    (tmp_path / "in.json").write_text('[{"instruction": "Who?"}]')
+    (tmp_path / "empty").write_text("\n")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for name, value in (("RUN", run), ("IN", tmp_path / "in.json"), ("EMPTY", tmp_path / "empty"), ("DIR", tmp_path)):
+        argv, message = [a.replace(name, str(value)) for a in argv], message.replace(name, str(value))
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and re.search(message, err), err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_an_export_does_not_go_on_with_another_models_answers(tiny, tmp_path, monkeypatch):
+    """The same questions and settings to another model: the file that was begun is refused, not finished."""
+    for i, name in enumerate("ab"):
+        config = LlamaConfig(vocab_size=960, dim=32, n_layers=1, n_heads=2, ffn_dim=64, max_seq_len=200)
+        torch.manual_seed(i)
+        save_llama(Llama(config), tmp_path / name)
+        shutil.copy(tiny / "sft" / "tokenizer.model", tmp_path / name)
+    (tmp_path / "in.json").write_text(json.dumps([{"instruction": f"{i}?"} for i in range(3)]))
+    flags = ["--input", str(tmp_path / "in.json"), "--output", str(tmp_path / "out.json"), "--max_new_tokens=3", "--batch=1"]
+    real, calls = evaluation.answer, []
+    monkeypatch.setattr(evaluation, "answer", lambda *a, **k: calls.append(1) or (real(*a, **k) if len(calls) < 3 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        evaluation.main(["generate", str(tmp_path / "a"), *flags])
+    with pytest.raises(SystemExit):
+        evaluation.main(["generate", str(tmp_path / "b"), *flags])
+    assert (tmp_path / "out.json.part").is_file() and not (tmp_path / "out.json").exists()
