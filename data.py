@@ -7,7 +7,8 @@ How a row is laid out, and which state predicts which token (prompt of 3 ids, re
     index           0     1     2     3     4     5     6
     tokens         BOS    p     p     a     b    EOS   (pad)
     predicted by          0     1     2     3     4              the state at index i predicts the token at index i + 1
-    response_mask               (B, R):    [T     T     T     F]   columns count response tokens; True up to and with EOS
+    response_mask               (B, R):    [T     T     T     F]   columns count response tokens;
+                                                                   True up to and with EOS
 
 Decisions:
 1. Prompt and response are encoded apart and joined. Encoded together, ":" merges with the first character of some
@@ -79,12 +80,15 @@ class Tokenizer:
         return self.sp_response.decode(list(ids))
 
     def banned_ids(self, model_vocab_size):
-        """Ids that a model must never sample: PAD, BOS, UNK, and rows beyond this tokenizer (embeddings may have more)."""
-        return sorted({self.pad_id, self.bos_id, self.unk_id} - {-1, self.eos_id}) + list(range(self.vocab_size, model_vocab_size))
+        """Ids that a model must never sample: PAD, BOS, UNK,
+        and rows beyond this tokenizer (embeddings may have more)."""
+        return (sorted({self.pad_id, self.bos_id, self.unk_id} - {-1, self.eos_id})
+                + list(range(self.vocab_size, model_vocab_size)))
 
     @property
     def has_user_defined_pieces(self):
-        """Whether some pieces were given rather than learned: they alone have the score +0 (a learned one has -0 or less)."""
+        """Whether some pieces were given rather than learned:
+        they alone have the score +0 (a learned one has -0 or less)."""
         sp = self.sp
         return any(math.copysign(1, sp.get_score(i)) > 0 and not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))
                    for i in range(self.vocab_size))
@@ -113,7 +117,8 @@ def read_rows(path):
     else:
         rows = read_json(path)
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected a non-empty list of rows, got {'an empty list' if rows == [] else type(rows).__name__}")
+        raise ValueError(f"{path}: expected a non-empty list of rows, "
+                         f"got {'an empty list' if rows == [] else type(rows).__name__}")
     return rows
 
 
@@ -126,8 +131,8 @@ def text_field(row, key, where, default=None):
         raise ValueError(f"{where}: expected a text in '{key}', got {got}")
     lone = next((c for c in value if 0xD800 <= ord(c) <= 0xDFFF), None) if not value.isascii() else None
     if lone:
-        raise ValueError(f"{where}: '{key}' holds half a character ({lone!r}, a lone surrogate at {value.index(lone)}): no tokenizer "
-                         "can read it; mend or remove the row")
+        raise ValueError(f"{where}: '{key}' holds half a character ({lone!r}, a lone surrogate at "
+                         f"{value.index(lone)}): no tokenizer can read it; mend or remove the row")
     return value
 
 
@@ -156,7 +161,8 @@ class Pair:
 
 
 def load_sft(path, tokenizer, max_len):
-    """instruction / input / output rows -> Examples of at most max_len tokens (the head is kept), and how many were cut.
+    """instruction / input / output rows -> Examples of at most max_len tokens (the head is kept),
+    and how many were cut.
 
     A row whose prompt alone fills max_len has nothing to learn from and is left out (counted as cut).
     """
@@ -198,8 +204,8 @@ def load_preferences(path, tokenizer, max_len):
 
 
 def load_prompts(path, tokenizer, prompt_len=None, rows=None):
-    """instruction / input rows (of a file, or given) -> (prompts as ids, their rows, how many were dropped for being over
-    prompt_len tokens)."""
+    """instruction / input rows (of a file, or given) -> (prompts as ids, their rows, how many were dropped for being
+    over prompt_len tokens)."""
     rows = read_rows(path) if rows is None else rows
     prompts = [tokenizer.encode(prompt_of(row, f"{path}, row {i}"), bos=True) for i, row in enumerate(rows)]
     kept = [i for i, p in enumerate(prompts) if prompt_len is None or len(p) <= prompt_len]
@@ -219,8 +225,9 @@ def load_eval_rows(path, tokenizer, prompt_len, drop_long=False):
                  output=text_field(row, "output", f"{path}, row {i}")) for i, row in enumerate(read_rows(path))]
     fitting = [row for row in rows if len(row["prompt"]) <= prompt_len]
     if not fitting or len(fitting) < len(rows) and not drop_long:
-        raise ValueError(f"{path}: {len(rows) - len(fitting)} of {len(rows)} prompts are longer than the {prompt_len} tokens "
-                         "that --response_len leaves of this model's positions: lower it, or give --eval_drop_long")
+        raise ValueError(f"{path}: {len(rows) - len(fitting)} of {len(rows)} prompts are "
+                         f"longer than the {prompt_len} tokens that --response_len leaves "
+                         "of this model's positions: lower it, or give --eval_drop_long")
     return fitting
 
 
@@ -268,7 +275,8 @@ def even_batch_indices(lengths, batch_size, seed, step, blocks=8):
 
 
 def pack(prompts, responses):
-    """Lists of ids -> tokens (B, T) packed from the left and padded on the right, prompt_lengths (B,), response_lengths (B,)."""
+    """Lists of ids -> tokens (B, T) packed from the left and padded on the right, prompt_lengths (B,),
+    response_lengths (B,)."""
     tokens = pad_right([p + r for p, r in zip(prompts, responses)])
     return tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses])
 
@@ -279,7 +287,8 @@ def length_mask(lengths, width):
 
 
 def response_states(hidden, prompt_lengths, width):
-    """The states that predict the response: (B, T, D) -> (B, width, D); column j comes from index prompt_length + j - 1.
+    """The states that predict the response: (B, T, D) -> (B, width, D);
+    column j comes from index prompt_length + j - 1.
 
     Columns beyond a row's response hold states of padding: the response mask leaves them out.
     """

@@ -1,7 +1,8 @@
 """What came out: answers before and after PPO, win rates, factual precision, the reward model's accuracy.
 
     python eval.py table runs/toy/ppo                       the table of a finished run, once more
-    python eval.py figures runs/toy/ppo                     pictures of runs, or their numbers where matplotlib is not installed
+    python eval.py figures runs/toy/ppo                     pictures of runs,
+                                                            or their numbers where matplotlib is not installed
     python eval.py generate runs/toy/ppo --prompt "Who is Mira Brenson?"
     python eval.py generate runs/toy/ppo --input questions.json --output answers.json
     python eval.py chat runs/toy/ppo                        answers what you type
@@ -9,10 +10,10 @@
     python eval.py winrate annotations.json                 what an outside judge has said
     python eval.py recover llama-7b sft10k-wdiff sft10k     a released weight diff
 
-Three systems answer each evaluation instruction: the reference answers that the data come with, the SFT model ("before",
-the policy with its adapter off) and the policy ("after"). Two judges look at them: the reward model (the proxy that PPO
-maximised) and, in the toy world, the annotators that the reward model has learned from (the gold that it stands for).
-Quote a win rate with its error: at 300 prompts the standard error is about 2.5 points.
+Three systems answer each evaluation instruction: the reference answers that the data come with, the SFT model
+("before", the policy with its adapter off) and the policy ("after"). Two judges look at them: the reward model (the
+proxy that PPO maximised) and, in the toy world, the annotators that the reward model has learned from (the gold that it
+stands for). Quote a win rate with its error: at 300 prompts the standard error is about 2.5 points.
 
 Statistics
 * Win rate: the mean over prompts of 1 (win), 1/2 (draw), 0 (loss); paired, both answers to the same instruction.
@@ -37,8 +38,8 @@ import torch
 from data import Tokenizer, load_prompts, read_rows, text_field
 from lora import base_folder, load_lora, lora_parameters, merge_lora
 from model import fingerprint, generate, keyed_seed, read_json, read_model_config, read_text, save_llama, write_json
-from reward import (ActorCritic, assess, build_models, check_new_folder, load_policy, load_reward_model, load_trunk, recover,
-                    score_responses)
+from reward import (ActorCritic, assess, build_models, check_new_folder, load_policy, load_reward_model, load_trunk,
+                    recover, score_responses)
 from toy import world
 
 
@@ -60,11 +61,12 @@ def mean(x):
 
 
 def resample(groups, resamples=1000, seed=0):
-    """Cluster bootstrap: whole groups are drawn with replacement. groups: one label per row (n) -> (resamples, n) float64,
-    how often each row is in each resample. Labels that are all different make it the plain bootstrap."""
+    """Cluster bootstrap: whole groups are drawn with replacement. groups: one label per row (n) -> (resamples, n)
+    float64, how often each row is in each resample. Labels that are all different make it the plain bootstrap."""
     number = {g: i for i, g in enumerate(dict.fromkeys(groups))}
     picks = torch.randint(len(number), (resamples, len(number)), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(picks.shape, dtype=torch.float64).scatter_add_(1, picks, torch.ones(picks.shape, dtype=torch.float64))
+    times = torch.zeros(picks.shape, dtype=torch.float64).scatter_add_(
+        1, picks, torch.ones(picks.shape, dtype=torch.float64))
     return times[:, [number[g] for g in groups]]
 
 
@@ -79,7 +81,8 @@ def with_error(value, values):
 
 
 def ratio_with_error(pairs, groups=None):
-    """Pooled ratio sum(a) / sum(b) of (a, b) per answer, with its error; value nan where there is nothing to divide by."""
+    """Pooled ratio sum(a) / sum(b) of (a, b) per answer, with its error;
+    value nan where there is nothing to divide by."""
     a, b = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).T
     if b.sum() == 0:
         return with_error(float("nan"), b)
@@ -116,20 +119,25 @@ def logistic_fit(x, y, weights, prior=0.1, iterations=20):
         gradient = (weights * (y - p)) @ X - prior ** 2 * theta
         hessian = ((weights * p * (1 - p)) @ XX).view(-1, 2, 2) + prior ** 2 * torch.eye(2, dtype=X.dtype)
         step = torch.linalg.solve(hessian, gradient)
-        theta = theta + step * (2 / step.norm(dim=1, keepdim=True)).clamp(max=1)  # far from the optimum Newton overshoots
+        # far from the optimum Newton overshoots
+        theta = theta + step * (2 / step.norm(dim=1, keepdim=True)).clamp(max=1)
     return theta
 
 
 def over_seeds(results):
-    """One quantity from several seeds, each {"value", "se"} of its own -> the mean over seeds, with the error of both spreads.
+    """One quantity from several seeds, each {"value", "se"} of its own
+    -> the mean over seeds, with the error of both spreads.
 
-        se^2 = s^2 / K + mean(se_k^2)       s: standard deviation between the K seeds, se_k: that of prompts within a seed
+        se^2 = s^2 / K + mean(se_k^2)       s: standard deviation between the K seeds,
+                                            se_k: that of prompts within a seed
 
     The prompts are the same for every seed, so that their part does not shrink with K. (s holds a share of the noise of
     sampling that se_k holds as well: a little too careful.) The interval is Student's, with Satterthwaite's degrees of
-    freedom: two or three seeds say little about their own spread. One seed: no spread between seeds is known, and none added.
+    freedom: two or three seeds say little about their own spread. One seed:
+    no spread between seeds is known, and none added.
     """
-    results = [r for r in results if r["value"] == r["value"]] or results      # (a seed that states no facts has no precision)
+    # (a seed that states no facts has no precision)
+    results = [r for r in results if r["value"] == r["value"]] or results
     values, K = torch.tensor([r["value"] for r in results], dtype=torch.float64), len(results)
     prompts = mean([r["se"] ** 2 for r in results])
     seeds = values.var().item() / K if K > 1 else 0.0
@@ -139,7 +147,8 @@ def over_seeds(results):
 
 
 def student_quantile(df):
-    """97.5 % quantile of Student's t. With t = sqrt(df) tan(angle) the density is cos(angle)^(df - 1), summed on a grid."""
+    """97.5 % quantile of Student's t. With t = sqrt(df) tan(angle) the density is cos(angle)^(df - 1),
+    summed on a grid."""
     angle = torch.linspace(0, math.pi / 2, 100001, dtype=torch.float64)
     mass = (angle.cos().clamp(min=0) ** (min(df, 1e4) - 1)).cumsum(0)
     return min(df, 1e4) ** 0.5 * math.tan(angle[torch.searchsorted(mass, 0.95 * mass[-1])])
@@ -157,7 +166,8 @@ def score_pairs(model, pairs, eos_id, micro_batch):
 
 
 def pair_accuracy(scored):
-    """Share of pairs in which the better answer has the higher score; of "the longer one is better"; by kind of flaw."""
+    """Share of pairs in which the better answer has the higher score; of "the longer one is better";
+    by kind of flaw."""
     accuracy = lambda rows: win_rate([s["chosen"] for s in rows], [s["rejected"] for s in rows])
     flaws = sorted({s["flaw"] for s in scored if s["flaw"]})
     by_flaw = {flaw: [s for s in scored if s["flaw"] == flaw] for flaw in flaws}
@@ -170,7 +180,8 @@ def accuracy_report(a):
     lines = [f"reward model: {a['accuracy']:.3f} of {a['pairs']} held-out pairs in the right order "
              f"(\"the longer one wins\": {a['longer_wins']:.3f})"]
     if a["by_flaw"]:
-        lines.append("  by flaw: " + ", ".join(f"{k} {v['accuracy']:.2f} (n {v['pairs']})" for k, v in a["by_flaw"].items()))
+        lines.append("  by flaw: " + ", ".join(f"{k} {v['accuracy']:.2f} (n {v['pairs']})"
+                                               for k, v in a["by_flaw"].items()))
     return "\n".join(lines)
 
 
@@ -222,7 +233,8 @@ def evaluate(net, reward_model, tokenizer, rows, row_ids, max_new_tokens, temper
         record = dict(earlier[i]) if earlier else {k: row[k] for k in row if k not in ("prompt", "output")}
         for name, ids in answers.items():
             text = row["output"] if name == "reference" else tokenizer.decode_response(ids[i])
-            record[name] = {"text": text, "tokens": len(ids[i]), "finished": ids[i][-1] == tokenizer.eos_id, "score": scores[name][i]}
+            record[name] = {"text": text, "tokens": len(ids[i]), "finished": ids[i][-1] == tokenizer.eos_id,
+                            "score": scores[name][i]}
         record["after"]["kl"] = kl[i]
         records.append(record)
     return records
@@ -242,7 +254,8 @@ def check_rows(rows, path):
     """Rows that say dataset "toy" are judged by the toy world's annotators, who have to understand each instruction."""
     foreign = [r for r in rows if r.get("dataset") == "toy" and world.parse(r["instruction"]) is None]
     if foreign:
-        raise ValueError(f"{path}: the toy world's annotators do not know the instruction {foreign[0]['instruction']!r}")
+        raise ValueError(f"{path}: the toy world's annotators do not know the instruction "
+                         f"{foreign[0]['instruction']!r}")
 
 
 def judge(records, name):
@@ -254,7 +267,8 @@ def judge(records, name):
 
 def groups_of(records):
     """What is resampled together: in the toy world all prompts about one person, else each prompt for itself."""
-    return [world.parse(r["instruction"]).person.name for r in records] if is_toy(records) else list(range(len(records)))
+    return ([world.parse(r["instruction"]).person.name for r in records] if is_toy(records)
+            else list(range(len(records))))
 
 
 def summarise(records):
@@ -299,11 +313,14 @@ def facts(records, name):
 
 
 ROWS = (("reward model's score", "score", "{:+.2f}"), ("annotators' score", "annotator", "{:+.2f}"),
-        ("win rate against the reference", "win_reference", "{:.1%}"), ("  - at equal length", "win_reference_equal", "{:.1%}"),
+        ("win rate against the reference", "win_reference", "{:.1%}"),
+        ("  - at equal length", "win_reference_equal", "{:.1%}"),
         ("win rate against SFT", "win_before", "{:.1%}"), ("  - at equal length", "win_before_equal", "{:.1%}"),
-        ("KL from SFT, nats per token", "kl_per_token", "{:.3f}"), ("KL from SFT, nats per answer", "kl_per_sequence", "{:.1f}"),
+        ("KL from SFT, nats per token", "kl_per_token", "{:.3f}"),
+        ("KL from SFT, nats per answer", "kl_per_sequence", "{:.1f}"),
         ("length, tokens", "tokens", "{:.1f}"), ("answers that end (EOS)", "eos_rate", "{:.1%}"),
-        ("facts stated per answer", "facts", "{:.1f}"), ("factual precision, famous people", "precision_famous", "{:.1%}"),
+        ("facts stated per answer", "facts", "{:.1f}"),
+        ("factual precision, famous people", "precision_famous", "{:.1%}"),
         ("factual precision, obscure people", "precision_obscure", "{:.1%}"),
         ("  - attributes that SFT taught", "precision_taught", "{:.1%}"),
         ("  - attributes never taught", "precision_untaught", "{:.1%}"),
@@ -338,7 +355,8 @@ def report(folder):
     summary = summarise(records)
     w = summary["after"]["win_before"]
     judge_name = "the simulated annotators" if is_toy(records) else "the reward model itself, which PPO has maximised"
-    lines = ["", f"{len(records)} evaluation prompts, judged by {judge_name}; +- is one standard error", "", table(summary), "",
+    lines = ["", f"{len(records)} evaluation prompts, judged by {judge_name}; +- is one standard error", "",
+             table(summary), "",
              f"PPO against SFT: {w['value']:.1%}, 95 % interval {w['low']:.1%} to {w['high']:.1%}", ""]
     for r in [records[len(records) * k // 7] for k in (1, 4, 6)]:
         lines += [f"> {r['instruction']}", f"  before: {r['before']['text']}", f"  after:  {r['after']['text']}", ""]
@@ -348,7 +366,8 @@ def report(folder):
 # ------------------------------------------------------------------------------- several runs: outcomes, table, figures
 
 TRAINING = (("score", "reward model's score"), ("kl_per_token", "KL from SFT, nats per token"),
-            ("entropy", "entropy, nats per token"), ("clip_frac", "share of tokens clipped"), ("explained_variance", "explained variance of returns"),
+            ("entropy", "entropy, nats per token"), ("clip_frac", "share of tokens clipped"),
+            ("explained_variance", "explained variance of returns"),
             ("length", "length, tokens"), ("eos_rate", "share of answers that end"))
 INPUTS = ("stage", "seed", "model", "reward", "tokenizer", "prompts")      # settings that do not make another variant
 
@@ -359,9 +378,9 @@ def read_lines(path):
 
 
 def outcome(folder):
-    """What a PPO run folder tells, small enough to be committed: its settings; `curve`, the evaluation at each step that has
-    one (step 0 is SFT); `training`, some columns of metrics.jsonl; `wins`, per group of prompts [n, wins against the
-    reference, against SFT]."""
+    """What a PPO run folder tells, small enough to be committed: its settings; `curve`, the evaluation at each step
+    that has one (step 0 is SFT); `training`, some columns of metrics.jsonl; `wins`, per group of prompts [n, wins
+    against the reference, against SFT]."""
     folder = Path(folder)
     settings, evals = read_json(folder / "config.json").get("run") or {}, read_lines(folder / "evals.jsonl")
     if settings.get("stage") != "ppo":
@@ -373,7 +392,8 @@ def outcome(folder):
     curve = [{"step": row["step"]} | row["after"] for row in evals]
     if evals:
         by_definition = {"win_before": 0.5, "win_before_equal": 0.5, "kl_per_token": 0.0, "kl_per_sequence": 0.0}
-        curve.insert(0, {"step": 0} | {k: {"value": v, "se": 0.0} for k, v in by_definition.items()} | evals[-1]["before"])
+        curve.insert(0, {"step": 0} | {k: {"value": v, "se": 0.0} for k, v in by_definition.items()}
+                     | evals[-1]["before"])
     shown = [row for i, row in enumerate(metrics) if i % 4 == 0 or i == len(metrics) - 1]
     return compact({"seed": settings["seed"], "settings": settings, "wins": wins(records), "curve": curve,
                     "reference": evals[-1]["reference"] if evals else {},
@@ -403,13 +423,16 @@ def load_outcomes(paths):
         if (path / "config.json").is_file():
             found.append(outcome(path))
         else:
-            found += [read_json(p) for p in (sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else [])]
+            found += [read_json(p) for p in (sorted(path.glob("*.json")) if path.is_dir()
+                                             else [path] if path.is_file() else [])]
     if not found or not all(isinstance(o, dict) and "curve" in o for o in found):
-        raise ValueError(f"{', '.join(map(str, paths))}: expected PPO run folders, or outcomes that toy/study.py has written")
+        raise ValueError(f"{', '.join(map(str, paths))}: expected PPO run folders, "
+                         "or outcomes that toy/study.py has written")
     variants, settings = {}, [o["settings"] for o in found]
     differ = [k for k in settings[0] if k not in INPUTS and len({str(x.get(k)) for x in settings}) > 1]
     for o in sorted(found, key=lambda o: (o.get("order", 0), o["seed"])):
-        name = o.get("variant") or ", ".join(f"{k} {o['settings'].get(k)}" for k in differ) or o["settings"]["regularizer"]
+        name = (o.get("variant")
+                or ", ".join(f"{k} {o['settings'].get(k)}" for k in differ) or o["settings"]["regularizer"])
         variants.setdefault(name, []).append(o)
     return variants
 
@@ -418,16 +441,18 @@ UNKNOWN = {"value": float("nan"), "se": float("nan")}
 
 
 def series(runs, x, y):
-    """Points of one variant over its seeds: [(mean of x, y with its error)], one per step that every seed was evaluated at."""
+    """Points of one variant over its seeds: [(mean of x, y with its error)],
+    one per step that every seed was evaluated at."""
     rows = [{row["step"]: row for row in o["curve"]} for o in runs]
     steps = sorted(set.intersection(*map(set, rows)))
-    return [(mean([s if x == "step" else r[s][x]["value"] for r in rows]), over_seeds([r[s].get(y, UNKNOWN) for r in rows]))
+    return [(mean([s if x == "step" else r[s][x]["value"] for r in rows]),
+             over_seeds([r[s].get(y, UNKNOWN) for r in rows]))
             for s in steps]
 
 
 def difference(runs, others, column):
-    """Win rate of one variant minus that of another, paired by seed and prompt: column 1 against the reference, 2 against SFT.
-    None where no seed has both."""
+    """Win rate of one variant minus that of another, paired by seed and prompt: column 1 against the reference, 2
+    against SFT. None where no seed has both."""
     by_seed, results = {o["seed"]: o["wins"] for o in others}, []
     for o in runs:
         a, b = o["wins"], by_seed.get(o["seed"], {})
@@ -437,22 +462,25 @@ def difference(runs, others, column):
 
 
 COLUMNS = (("vs reference", "win_reference", "{:.1%}"), ("equal length", "win_reference_equal", "{:.1%}"),
-           ("vs SFT", "win_before", "{:.1%}"), ("equal length", "win_before_equal", "{:.1%}"), ("KL/token", "kl_per_token", "{:.3f}"), ("tokens", "tokens", "{:.1f}"),
+           ("vs SFT", "win_before", "{:.1%}"), ("equal length", "win_before_equal", "{:.1%}"),
+           ("KL/token", "kl_per_token", "{:.3f}"), ("tokens", "tokens", "{:.1f}"),
            ("gold", "annotator", "{:.2f}"), ("proxy", "score", "{:.2f}"), ("famous", "precision_famous", "{:.1%}"),
            ("obscure", "precision_obscure", "{:.1%}"), ("no facts", "no_facts", "{:.1%}"))
 
 
 def study_table(variants, base):
-    """A row per variant at its last step: mean over seeds +- standard error (over_seeds), and the difference from `base`."""
+    """A row per variant at its last step: mean over seeds +- standard error (over_seeds),
+    and the difference from `base`."""
     def cell(x, form):
         return with_se(x, form) if x and x["value"] == x["value"] else "-"
 
     width = max(map(len, variants)) + 2
-    lines = ["mean over seeds +- standard error, of prompts and seeds (one seed: of prompts alone); the last column is the win "
-             f"rate against the reference less that of {base!r}, paired by prompt", "",
+    lines = ["mean over seeds +- standard error, of prompts and seeds (one seed: of prompts alone); the last column "
+             f"is the win rate against the reference less that of {base!r}, paired by prompt", "",
              f"{'':{width}}{'seeds':>5}" + "".join(f"{label:>16}" for label, *_ in COLUMNS) + f"{'minus ' + base:>22}"]
     for name, runs in variants.items():
-        cells = [cell(over_seeds([(o["curve"] or [{}])[-1].get(key, UNKNOWN) for o in runs]), form) for _, key, form in COLUMNS]
+        cells = [cell(over_seeds([(o["curve"] or [{}])[-1].get(key, UNKNOWN) for o in runs]), form)
+                 for _, key, form in COLUMNS]
         minus = cell(difference(runs, variants[base], 1), "{:+.1%}") if name != base else ""
         lines.append(f"{name:{width}}{len(runs):>5}" + "".join(f"{c:>16}" for c in cells) + f"{minus:>22}")
     return "\n".join(lines)
@@ -470,8 +498,9 @@ FIGURES = (      # file, group of variants, title, key and label of x, (key, lab
 
 
 def figure_data(variants):
-    """-> per figure (file, title, label of x, {label of y: {variant: points}}). Variants that say which figures they belong
-    to (toy/study.py's do) are in those, any other in all; a figure for which the data say nothing is left out."""
+    """-> per figure (file, title, label of x, {label of y: {variant: points}}). Variants that say which figures they
+    belong to (toy/study.py's do) are in those, any other in all; a figure for which the data say nothing is left
+    out."""
     for file, group, title, (x, x_label), ys in FIGURES:
         chosen = {name: runs for name, runs in variants.items() if group in runs[0].get("groups", [group])}
         told = lambda y: [name for name in chosen if any(y in row for row in chosen[name][0]["curve"])]
@@ -487,7 +516,8 @@ def figure_text(figures):
         for y_label, drawn in panels.items():
             lines += ["", f"{title}: {y_label} against {x_label}; 95 % interval"]
             for name, points in drawn.items():
-                lines += [f"  {name:32} {x:8.3f}  {y['value']:8.3f}  {y['low']:8.3f} to {y['high']:8.3f}" for x, y in points]
+                lines += [f"  {name:32} {x:8.3f}  {y['value']:8.3f}  {y['low']:8.3f} to {y['high']:8.3f}"
+                          for x, y in points]
     return "\n".join(lines)
 
 
@@ -518,7 +548,8 @@ def draw_over_steps(plt, title, x_label, y_label, drawn):
         axis.set_visible(False)
     for i, (axis, name) in enumerate(zip(axes.flat, drawn)):
         for other in drawn:
-            axis.plot([x for x, _ in drawn[other]], [y["value"] for _, y in drawn[other]], color="#999999", linewidth=0.6)
+            axis.plot([x for x, _ in drawn[other]], [y["value"] for _, y in drawn[other]],
+                      color="#999999", linewidth=0.6)
         draw(axis, drawn[name], i, band=True)
         axis.set_title(f"{name} (n {drawn[name][0][1]['seeds']})", fontsize=10)
         axis.xaxis.set_tick_params(labelbottom=True)
@@ -529,7 +560,8 @@ def draw_over_steps(plt, title, x_label, y_label, drawn):
 
 def draw_panels(plt, title, x_label, panels):
     """A panel per quantity, all variants in it, one legend beside them."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 2.6, 4.8), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 2.6, 4.8),
+                                squeeze=False, layout="constrained")
     for axis, (y_label, drawn) in zip(axes[0], panels.items()):
         for i, (name, points) in enumerate(drawn.items()):
             draw(axis, points, i, f"{name} (n {points[0][1]['seeds']})")
@@ -553,13 +585,14 @@ def draw_training(plt, name, run):
 def training_text(name, run):
     """The numbers of draw_training."""
     rows = zip(*(run["training"][key] for key in ("step", *dict(TRAINING))))
-    return "\n".join(["", f"Training of {name}, seed {run['seed']}", "".join(f"{key:>20}" for key in ("step", *dict(TRAINING)))]
+    return "\n".join(["", f"Training of {name}, seed {run['seed']}",
+                      "".join(f"{key:>20}" for key in ("step", *dict(TRAINING)))]
                      + ["".join(f"{x:>20.4g}" for x in row) for row in rows])
 
 
 def write_figures(variants, folder):
-    """Draw every figure that the data allow; without matplotlib print the same numbers. The first variant's first run gives
-    the training curves."""
+    """Draw every figure that the data allow; without matplotlib print the same numbers.
+    The first variant's first run gives the training curves."""
     name, runs = next(iter(variants.items()))
     figures = list(figure_data(variants))
     try:
@@ -573,7 +606,8 @@ def write_figures(variants, folder):
     drawn = {"training": draw_training(plt, name, runs[0])}
     for file, title, x, panels in figures:
         one = file == "win_steps"      # (bands, and so a panel per variant)
-        drawn[file] = draw_over_steps(plt, title, x, *next(iter(panels.items()))) if one else draw_panels(plt, title, x, panels)
+        drawn[file] = (draw_over_steps(plt, title, x, *next(iter(panels.items()))) if one
+                       else draw_panels(plt, title, x, panels))
     for file, figure in drawn.items():
         figure.savefig(Path(folder) / f"{file}.png", dpi=110)
         print(Path(folder) / f"{file}.png")
@@ -581,26 +615,30 @@ def write_figures(variants, folder):
 
 # ------------------------------------------------------------------------------------- answers to files of instructions
 
-PRESETS = {"alpacafarm": dict(temperature=0.7, top_p=1.0, max_new_tokens=300),      # AlpacaFarm's and the paper's evaluation
-           "alpacaeval": dict(temperature=0.7, top_p=1.0, max_new_tokens=2048),
-           "paper": dict(temperature=0.0, top_p=1.0, max_new_tokens=512)}           # the paper's texts for factuality: greedy
+PRESETS = {
+    "alpacafarm": dict(temperature=0.7, top_p=1.0, max_new_tokens=300),      # AlpacaFarm's and the paper's evaluation
+    "alpacaeval": dict(temperature=0.7, top_p=1.0, max_new_tokens=2048),
+    "paper": dict(temperature=0.0, top_p=1.0, max_new_tokens=512)}           # the paper's texts for factuality: greedy
 
 
 def load_answering(path, adapter_path=None, alpha=None, tokenizer=None, device="cpu", dtype=torch.float32):
     """A policy that can answer: that of a PPO run, or a model folder, or a PEFT folder (merged into its base); with
-    adapter_path an adapter on top (a PEFT folder, or the paper's released file with its alpha). -> ActorCritic, Tokenizer"""
+    adapter_path an adapter on top (a PEFT folder, or the paper's released file with its alpha).
+    -> ActorCritic, Tokenizer"""
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
     run = (read_json(path / "config.json").get("run") or {}) if (path / "policy").is_dir() else {}
     if alpha is not None and not adapter_path or run and adapter_path:
-        raise ValueError(f"{path} is a PPO run, which has its own adapter: no --adapter goes with it" if run else "--alpha goes with --adapter")
+        raise ValueError(f"{path} is a PPO run, which has its own adapter: no --adapter goes with it"
+                         if run else "--alpha goes with --adapter")
     base = path / run["model"] if run else path
     adapter_path = path / "policy" if run.get("lora_rank") else adapter_path
     if run and not run["lora_rank"]:
         base = path / "policy"
     places = [path / "policy", path, base, base_folder(base)]
-    tokenizer = Tokenizer(tokenizer or next((p / "tokenizer.model" for p in places if (p / "tokenizer.model").is_file()),
+    tokenizer = Tokenizer(tokenizer or next((p / "tokenizer.model" for p in places
+                                             if (p / "tokenizer.model").is_file()),
                                             path / "tokenizer.model"))
     model = load_trunk(base, device, dtype).eval()
     tokenizer.check_fits(model.config.vocab_size, base)
@@ -610,27 +648,32 @@ def load_answering(path, adapter_path=None, alpha=None, tokenizer=None, device="
 
 
 def answer_rows(net, tokenizer, rows, where, batch=32, part=None, **settings):
-    """Texts answering rows of instruction and input, in their order. settings: temperature, top_p, max_new_tokens, seed.
+    """Texts answering rows of instruction and input, in their order.
+    settings: temperature, top_p, max_new_tokens, seed.
 
     A row's answer depends on the settings and on its place in the list, not on the rows beside it; it ends early where
-    the model has no positions left. With `part`, a path, finished answers are kept there (JSON lines), and a call with the
-    same rows and settings goes on behind them: an interrupted export continues.
+    the model has no positions left. With `part`, a path, finished answers are kept there (JSON lines), and a call with
+    the same rows and settings goes on behind them: an interrupted export continues.
     """
     prompts, room = load_prompts(where, tokenizer, rows=rows)[0], net.policy.config.max_seq_len
     too_long = [i for i, p in enumerate(prompts) if len(p) >= room]
     if too_long:
-        raise ValueError(f"{where}, row {too_long[0]}: the prompt has {len(prompts[too_long[0]])} tokens, the model {room} positions")
-    weights = [fingerprint(net.policy), *(p.double().sum().item() for p in lora_parameters(net.policy, net.policy_adapter))]
+        raise ValueError(f"{where}, row {too_long[0]}: "
+                         f"the prompt has {len(prompts[too_long[0]])} tokens, the model {room} positions")
+    weights = [fingerprint(net.policy),
+               *(p.double().sum().item() for p in lora_parameters(net.policy, net.policy_adapter))]
     key = keyed_seed(json.dumps(settings), prompts, weights)
     texts = read_part(part, key) if part else []
     for start in range(len(texts), len(rows), batch):
         ids = range(start, min(start + batch, len(rows)))
-        answers = answer(net, [prompts[i] for i in ids], tokenizer, row_ids=ids, limits=[room - len(prompts[i]) for i in ids], **settings)
+        answers = answer(net, [prompts[i] for i in ids], tokenizer, row_ids=ids,
+                         limits=[room - len(prompts[i]) for i in ids], **settings)
         texts += [tokenizer.decode_response(a) for a in answers]
         if part:
             with open(part, "a", encoding="utf-8") as f:
                 f.writelines(([] if start else [f"{key}\n"]) + [json.dumps(t) + "\n" for t in texts[start:]])
-            print(f"\r{len(texts)} of {len(rows)} answers", end="" if len(texts) < len(rows) else "\n", file=sys.stderr, flush=True)
+            print(f"\r{len(texts)} of {len(rows)} answers",
+                  end="" if len(texts) < len(rows) else "\n", file=sys.stderr, flush=True)
     return texts
 
 
@@ -640,7 +683,8 @@ def read_part(part, key):
         return []
     lines = read_text(part).split("\n")
     if lines[0] != str(key):
-        raise ValueError(f"{part} was begun with another model, other instructions or settings: give the same, or remove it")
+        raise ValueError(f"{part} was begun with another model, other instructions or settings: "
+                         "give the same, or remove it")
     whole = lines[1:-1]                                    # (the last line has no end: empty, or cut off)
     part.write_text("\n".join([lines[0], *whole, ""]), encoding="utf-8")
     return [json.loads(line) for line in whole]
@@ -652,7 +696,8 @@ def joined_instruction(row):
 
 
 FORMATS = {      # what the judges read: a row of ours, the answer, the name of the model -> their row
-    "answers": lambda row, text, name: {"instruction": row["instruction"], "input": row.get("input", ""), "output": text},
+    "answers": lambda row, text, name: {"instruction": row["instruction"], "input": row.get("input", ""),
+                                        "output": text},
     "alpaca_eval": lambda row, text, name: {"instruction": joined_instruction(row), "output": text, "generator": name},
     "alpacafarm": lambda row, text, name: {"instruction": row["instruction"], "input": row.get("input", ""),
                                            "output_1": row["output"], "output_2": text},
@@ -675,7 +720,8 @@ def instructions(path, form):
 def write_rows(path, rows, form):
     """JSON, or for factscore JSON lines, under a temporary name, then renamed."""
     if form == "factscore":
-        Path(f"{path}.tmp").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        Path(f"{path}.tmp").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows),
+                                       encoding="utf-8")
         Path(f"{path}.tmp").replace(path)
     else:
         write_json(path, rows)
@@ -684,13 +730,14 @@ def write_rows(path, rows, form):
 def check_output(path):
     """Refuse what could not be written, before an hour of answers."""
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"cannot write to {path}: " + ("it is a folder" if Path(path).is_dir() else "its folder does not exist"))
+        raise ValueError(f"cannot write to {path}: "
+                         + ("it is a folder" if Path(path).is_dir() else "its folder does not exist"))
 
 
 def save_merged(net, tokenizer, folder):
-    """The policy as one Hugging Face folder, its adapter merged, with the tokenizer: AutoModelForCausalLM and AutoTokenizer
-    read it (the latter needs sentencepiece and protobuf). Returns whether transformers will tokenise as we do: pieces that
-    sentencepiece holds as user-defined, as the toy world's, it does not know."""
+    """The policy as one Hugging Face folder, its adapter merged, with the tokenizer: AutoModelForCausalLM and
+    AutoTokenizer read it (the latter needs sentencepiece and protobuf). Returns whether transformers will tokenise as
+    we do: pieces that sentencepiece holds as user-defined, as the toy world's, it does not know."""
     if net.policy_adapter:
         merge_lora(net.policy, net.policy_adapter)
     save_llama(net.policy, folder)
@@ -698,29 +745,33 @@ def save_merged(net, tokenizer, folder):
     names = {f"{name}_token": tokenizer.sp.id_to_piece(i) for name, i in
              (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("unk", tokenizer.unk_id)) if i >= 0}
     write_json(Path(folder) / "special_tokens_map.json", names)
-    write_json(Path(folder) / "tokenizer_config.json", names | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
-                                                                "legacy": True, "clean_up_tokenization_spaces": False,
-                                                                "model_max_length": net.policy.config.max_seq_len})
-    write_json(Path(folder) / "generation_config.json", {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    write_json(Path(folder) / "tokenizer_config.json",
+               names | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
+                        "legacy": True, "clean_up_tokenization_spaces": False,
+                        "model_max_length": net.policy.config.max_seq_len})
+    write_json(Path(folder) / "generation_config.json",
+               {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
     return not tokenizer.has_user_defined_pieces
 
 
-# ---------------------------------------------------------------------------------------------------- outside judgements
+# --------------------------------------------------------------------------------------------------- outside judgements
 
 def count_preferences(preferences):
     """Judgements as alpaca_eval and AlpacaFarm write them -> win rate of output_2, its standard error, and the counts.
 
     1: output_1 is better, 2: output_2, 1.5 or (AlpacaFarm) 0: a draw, between 1 and 2: a leaning. A leaning counts as
-    wins - 1 in the win rate, and as a win or a loss by its side; anything else (a judge that failed) is left out. The standard
-    error is that of the mean, with n - 1.
+    wins - 1 in the win rate, and as a win or a loss by its side; anything else (a judge that failed) is left out. The
+    standard error is that of the mean, with n - 1.
     """
-    valid = [1.5 if p == 0 else p for p in preferences if isinstance(p, (int, float)) and not isinstance(p, bool) and (p == 0 or 1 <= p <= 2)]
+    valid = [1.5 if p == 0 else p for p in preferences
+             if isinstance(p, (int, float)) and not isinstance(p, bool) and (p == 0 or 1 <= p <= 2)]
     if not valid:
         raise ValueError("no row has a preference between 1 and 2")
     wins = torch.tensor(valid, dtype=torch.float64) - 1
-    return {"win_rate": wins.mean().item(), "standard_error": wins.std().item() / len(valid) ** 0.5 if len(valid) > 1 else float("nan"),
-            "n_wins": int((wins > 0.5).sum()), "n_wins_base": int((wins < 0.5).sum()), "n_draws": int((wins == 0.5).sum()),
-            "n_total": len(valid), "left_out": len(preferences) - len(valid)}
+    return {"win_rate": wins.mean().item(),
+            "standard_error": wins.std().item() / len(valid) ** 0.5 if len(valid) > 1 else float("nan"),
+            "n_wins": int((wins > 0.5).sum()), "n_wins_base": int((wins < 0.5).sum()),
+            "n_draws": int((wins == 0.5).sum()), "n_total": len(valid), "left_out": len(preferences) - len(valid)}
 
 
 def judge_pairs(rows, where, reward_model, tokenizer, batch):
@@ -766,7 +817,8 @@ def command_generate(args):
 
 def command_chat(args):
     net, tokenizer, settings = load_from(args)
-    print("An instruction a line; each is answered for itself (the template knows no dialogue). Ctrl-D ends.", file=sys.stderr)
+    print("An instruction a line; each is answered for itself (the template knows no dialogue). Ctrl-D ends.",
+          file=sys.stderr)
     for turn in itertools.count():
         try:
             text = input("> ")
@@ -777,7 +829,8 @@ def command_chat(args):
             text = "\ud800"                                 # (no text: answer_rows says so)
         try:
             if text.strip():
-                print(*answer_rows(net, tokenizer, [{"instruction": text}], "your line", **settings | {"seed": f"{args.seed} {turn}"}), "",
+                print(*answer_rows(net, tokenizer, [{"instruction": text}], "your line",
+                                   **settings | {"seed": f"{args.seed} {turn}"}), "",
                       sep="\n")
         except ValueError as e:
             print(e, file=sys.stderr)
@@ -788,11 +841,12 @@ def command_export(args):
         check_new_folder(args.output)
         net, tokenizer, _ = load_from(args)
         if not save_merged(net, tokenizer, args.output):
-            print(f"note: {tokenizer.path} has user-defined pieces, which transformers' LlamaTokenizer does not know: give the model "
-                  "ids from this project's tokenizer", file=sys.stderr)
+            print(f"note: {tokenizer.path} has user-defined pieces, which transformers' LlamaTokenizer "
+                  "does not know: give the model ids from this project's tokenizer", file=sys.stderr)
         return
     if not args.input:
-        raise ValueError(f"--format {args.format} needs --input: {'names, one a line' if args.format == 'factscore' else 'JSON rows'}")
+        raise ValueError(f"--format {args.format} needs --input: "
+                         f"{'names, one a line' if args.format == 'factscore' else 'JSON rows'}")
     rows = instructions(args.input, args.format)
     check_output(args.output)
     net, tokenizer, settings = load_from(args)
@@ -810,8 +864,10 @@ def command_winrate(args):
         if c["n_total"] == 1:
             raise ValueError(f"{args.file} has one judgement: that is no win rate")
         low, high = win_rate_interval(c["win_rate"], c["standard_error"])
-        print(f"output_2 wins {c['win_rate']:.2%} +-{c['standard_error']:.2%} (95 % interval {low:.1%} to {high:.1%}) of {c['n_total']}: "
-              f"{c['n_wins']} wins, {c['n_wins_base']} losses, {c['n_draws']} draws" + (f"; {c['left_out']} without a judgement left out" if c["left_out"] else ""))
+        print(f"output_2 wins {c['win_rate']:.2%} +-{c['standard_error']:.2%} "
+              f"(95 % interval {low:.1%} to {high:.1%}) of {c['n_total']}: "
+              f"{c['n_wins']} wins, {c['n_wins_base']} losses, {c['n_draws']} draws"
+              + (f"; {c['left_out']} without a judgement left out" if c["left_out"] else ""))
         return
     device, dtype = device_and_dtype(args)
     trunk = load_trunk(args.model, device, dtype) if args.model else None
@@ -820,7 +876,8 @@ def command_winrate(args):
     tokenizer.check_fits(reward_model.trunk.config.vocab_size, args.reward)
     first, second = judge_pairs(rows, args.file, reward_model, tokenizer, args.batch)
     w = win_rate_with_error(second, first)
-    print(f"output_2 wins {w['value']:.2%} +-{w['se']:.2%} (95 % interval {w['low']:.1%} to {w['high']:.1%}) of {len(rows)}, judged by {args.reward}; "
+    print(f"output_2 wins {w['value']:.2%} +-{w['se']:.2%} "
+          f"(95 % interval {w['low']:.1%} to {w['high']:.1%}) of {len(rows)}, judged by {args.reward}; "
           f"mean scores {mean(first):+.3f} and {mean(second):+.3f}")
 
 
@@ -831,8 +888,9 @@ def win_rate_interval(value, se):
 
 def command_recover(args):
     total, published = recover(args.base, args.diff, args.out, getattr(torch, args.dtype))
-    print(f"{args.out}: the weights sum to {total:.4f}; " + (f"published: {published:.4f}, they agree" if published is not None
-          else "the diff has no model_sum.txt, so this was not compared"))
+    print(f"{args.out}: the weights sum to {total:.4f}; "
+          + (f"published: {published:.4f}, they agree" if published is not None
+             else "the diff has no model_sum.txt, so this was not compared"))
 
 
 def command_table(args):
@@ -868,7 +926,8 @@ def add_decoding(p):
         p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=at_least_one, default=32, help="answers decoded at once (32)")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="auto: float32 on a CPU, bfloat16 on a GPU")
 
 
 class Parser(argparse.ArgumentParser):
@@ -902,11 +961,13 @@ def build_parser():
     p = command("export", command_export, "answers in a judge's format, or the merged model as a Hugging Face folder")
     add_decoding(p)
     p.add_argument("--format", choices=("alpaca_eval", "alpacafarm", "factscore", "merged"), default="alpaca_eval")
-    p.add_argument("--input", help="JSON rows of instruction, input (alpacafarm: and output); factscore: names, one a line")
+    p.add_argument("--input",
+                   help="JSON rows of instruction, input (alpacafarm: and output); factscore: names, one a line")
     p.add_argument("--output", required=True, help="file, or for --format merged a folder")
     p.add_argument("--generator", help="name of the model in alpaca_eval's rows (default: RUN's last part)")
     p = command("winrate", command_winrate, "win rate of output_2 over output_1 in a file of annotations or pairs")
-    p.add_argument("file", metavar="FILE", help="alpaca_eval's or AlpacaFarm's annotations (preference); with --reward: pairs")
+    p.add_argument("file", metavar="FILE",
+                   help="alpaca_eval's or AlpacaFarm's annotations (preference); with --reward: pairs")
     p.add_argument("--reward", help="reward model folder that judges the pairs, instead of the file's preferences")
     p.add_argument("--model", help="the trunk of --reward, if that is an adapter")
     p.add_argument("--tokenizer", help="sentencepiece file (default: tokenizer.model of --reward)")
@@ -916,7 +977,8 @@ def build_parser():
     p.add_argument("base", metavar="LLAMA", help="folder of the model that the diff was made for")
     p.add_argument("diff", metavar="DIFF", help="folder of the weight diff, such as alpaca-farm-sft10k-wdiff")
     p.add_argument("out", metavar="OUT", help="folder to write")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the written weights")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                   help="of the written weights")
     return parser
 
 

@@ -16,8 +16,8 @@ reward model at once; with no adapter active it is the reference model. Which on
     with adapter(model, None): ...            # the reference, the same as outside of every `with`
 
 Departures from the paper's code, and why:
-1. A and B are float32 whatever the trunk's dtype: bf16 has 8 bits of mantissa, and at lr 1e-5 most of A would never move
-   (a step is smaller than half the spacing of the numbers). They are cast to the trunk's dtype in the forward.
+1. A and B are float32 whatever the trunk's dtype: bf16 has 8 bits of mantissa, and at lr 1e-5 most of A would never
+   move (a step is smaller than half the spacing of the numbers). They are cast to the trunk's dtype in the forward.
 2. Dropout defaults to 0, and 0 means 0.
 3. Merging is an export function. Nothing is merged in place during training.
 4. With activation checkpointing, the backward recomputes each block after the `with` has closed. The active name is
@@ -99,8 +99,9 @@ def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo"
     if r < 1 or not 0 <= dropout < 1:
         raise ValueError(f"adapter {name}: r {r} must be at least 1 and dropout {dropout} in [0, 1)")
     if not name.isidentifier() or hasattr(nn.ParameterDict(), name):
-        raise ValueError(f"an adapter cannot be called {name!r}: its name becomes part of parameter names, so it must be a "
-                         "word of letters, digits and _, and none of ParameterDict's own (keys, values, half, ..)")
+        raise ValueError(f"an adapter cannot be called {name!r}: its name becomes part of parameter names, "
+                         "so it must be a word of letters, digits and _, "
+                         "and none of ParameterDict's own (keys, values, half, ..)")
     if lora_layers(model, name):
         raise ValueError(f"there is an adapter called {name} already: merge it first, or choose another name")
     modules = dict(model.named_modules())
@@ -144,7 +145,8 @@ def adapter(model, name):
 
 
 class Reentered:
-    """A context that can be entered any number of times (a graph may be run backward twice): the adapter of now, again."""
+    """A context that can be entered any number of times (a graph may be run backward twice):
+    the adapter of now, again."""
 
     def __init__(self, model):
         self.model = model
@@ -242,17 +244,20 @@ def read_json_file(path):
 
 
 # keys of adapter_config.json that change nothing here; any other that is set means another kind of adapter
-NEUTRAL = ("auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "task_type", "peft_version", "megatron_core",
-           "qalora_group_size", "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights", "eva_config")
+NEUTRAL = ("auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "task_type", "peft_version",
+           "megatron_core", "qalora_group_size", "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules",
+           "bias", "init_lora_weights", "eva_config")
 
 
 def read_adapter_config(folder):
     """adapter_config.json of a PEFT folder, checked: plain LoRA without bias, rank patterns or other variants."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter: expected adapter_config.json and adapter_model.safetensors")
+        raise FileNotFoundError(f"{folder} holds no adapter: "
+                                "expected adapter_config.json and adapter_model.safetensors")
     config = read_json_file(path)
-    plain = {"peft_type": ("LORA",), "bias": ("none", None), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
+    plain = {"peft_type": ("LORA",), "bias": ("none", None),
+             "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
     unusual = [k for k, allowed in plain.items() if config.get(k) not in allowed]
     unusual += [k for k in config if config[k] and k not in NEUTRAL]
     if unusual:
@@ -274,19 +279,21 @@ def read_tensors(path):
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        found = (load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
     except SafetensorError as e:
         raise ValueError(f"{path} cannot be read ({e})") from None
     except Exception:      # (torch.load names a damaged or a forbidden file in many ways)
-        raise ValueError(f"{path} cannot be read as tensors: it is damaged, or holds more than tensors, which is not opened, "
-                         "since a pickle can run code") from None
+        raise ValueError(f"{path} cannot be read as tensors: it is damaged, or holds more than "
+                         "tensors, which is not opened, since a pickle can run code") from None
     if not isinstance(found, dict) or not all(torch.is_tensor(t) for t in found.values()):
         raise ValueError(f"{path}: expected a dictionary of tensors")
     return found
 
 
 def read_adapter(path, alpha=None, part="policy"):
-    """The adapter in a PEFT folder, or in a file of the paper's authors -> its config, and its tensors under PEFT's names.
+    """The adapter in a PEFT folder, or in a file of the paper's authors
+    -> its config, and its tensors under PEFT's names.
 
     The paper's released files (pytorch_model.bin: a loralib state dict) hold a policy and a value adapter and the value
     head; `part` says which one is wanted. They do not say alpha, so it has to be given: 64 in the paper.
@@ -304,14 +311,16 @@ def read_adapter(path, alpha=None, part="policy"):
     for key, t in tensors.items():
         rank = t.shape[0 if "lora_A" in key else -1] if t.dim() == 2 else None
         if rank != config["r"] or not t.is_floating_point() or not torch.isfinite(t).all():
-            raise ValueError(f"{path}: {key} {tuple(t.shape)} in {t.dtype} is no matrix of finite numbers of rank r {config['r']}")
+            raise ValueError(f"{path}: {key} {tuple(t.shape)} in {t.dtype} is no "
+                             f"matrix of finite numbers of rank r {config['r']}")
     return config, tensors
 
 
 def read_loralib(path, alpha, part):
     """The second kind of file of read_adapter."""
     prefix = {"policy": "model.layers.", "value": "base_model.model.layers."}[part]
-    tensors = {f"base_model.model.{k.removeprefix('base_model.')}.weight": t.float() for k, t in read_tensors(path).items()
+    tensors = {f"base_model.model.{k.removeprefix('base_model.')}.weight": t.float()
+               for k, t in read_tensors(path).items()
                if str(k).startswith(prefix) and k.endswith(("lora_A", "lora_B"))}
     if not tensors:
         raise ValueError(f"{path} holds no {part} adapter: expected tensors {prefix}0.self_attn.q_proj.lora_A, ..")
@@ -321,7 +330,8 @@ def read_loralib(path, alpha, part):
     targets = {k.split(".")[-3] for k in tensors}
     if len(ranks) != 1 or not targets <= set(OUR_NAMES):
         raise ValueError(f"{path}: ranks {sorted(ranks)} of layers {sorted(targets)} are no plain LoRA adapter")
-    return {"r": ranks.pop(), "alpha": alpha, "dropout": 0.0, "targets": tuple(sorted(OUR_NAMES[t] for t in targets))}, tensors
+    return {"r": ranks.pop(), "alpha": alpha, "dropout": 0.0,
+            "targets": tuple(sorted(OUR_NAMES[t] for t in targets))}, tensors
 
 
 def load_lora(model, name, path, alpha=None, part="policy"):
@@ -334,7 +344,8 @@ def load_lora(model, name, path, alpha=None, part="policy"):
         check_widths(model, tensors, config, path)
         add_lora(model, name, config["r"], config["alpha"], config["dropout"], config["targets"])
     layers = lora_layers(model, name)
-    have = {"r": layers[0][1].rank(name), "alpha": layers[0][1].alpha[name], "targets": tuple(sorted(targets_of(layers)))}
+    have = {"r": layers[0][1].rank(name), "alpha": layers[0][1].alpha[name],
+            "targets": tuple(sorted(targets_of(layers)))}
     for key, value in have.items():
         if config[key] != value:
             raise ValueError(f"adapter {name}: {path} has {key} {config[key]}, expected {value}")
@@ -348,7 +359,8 @@ def load_lora(model, name, path, alpha=None, part="policy"):
 
 def adapter_chain(path):
     """A model folder and the adapters to merge into it, in this order: a PEFT folder was trained on the model that its
-    adapter_config.json names - a path from here, or from the PEFT folder or one above it - or on a PEFT folder again."""
+    adapter_config.json names - a path from here, or from the PEFT folder or one above it - or on a PEFT folder
+    again."""
     path = Path(path)
     if not (path / "adapter_config.json").is_file():
         return path, []
@@ -359,8 +371,8 @@ def adapter_chain(path):
                 break
             base, adapters = adapter_chain(folder)
             return base, [*adapters, path]
-    raise FileNotFoundError(f"{path} is an adapter of {name}, which is no model folder here: write the folder's path into "
-                            "base_model_name_or_path of its adapter_config.json")
+    raise FileNotFoundError(f"{path} is an adapter of {name}, which is no model folder here: write the folder's path "
+                            "into base_model_name_or_path of its adapter_config.json")
 
 
 def base_folder(path):
@@ -377,7 +389,8 @@ def merged_readers(readers, folder):
     def read(name, A, B):
         weight = readers[name]().float()
         if weight.shape != (B.shape[0], A.shape[1]):
-            raise ValueError(f"{folder} is {B.shape[0]} x {A.shape[1]} at {name}, the model {tuple(weight.shape)}: another model's")
+            raise ValueError(f"{folder} is {B.shape[0]} x {A.shape[1]} at {name}, "
+                             f"the model {tuple(weight.shape)}: another model's")
         return weight + B.float() @ A.float() * scaling
 
     places = {name: [peft_key(name.removesuffix(".weight"), matrix) for matrix in ("lora_A", "lora_B")]

@@ -7,8 +7,8 @@ Legend   B batch, T tokens, V vocabulary, D width, H query heads, K key/value he
          S cache slots, N response tokens of a whole batch laid end to end
 
     tokens (B, T) -> tok_embeddings -> x (B, T, D)
-    n_layers times:  x = x + attention(attention_norm(x))        wq wk wv -> rotate q, k -> softmax(q k' / sqrt d) v -> wo
-                     x = x + feed_forward(ffn_norm(x))           w2(silu(w1 x) * w3 x)
+    n_layers times:  x = x + attention(attention_norm(x))     wq wk wv -> rotate q, k -> softmax(q k' / sqrt d) v -> wo
+                     x = x + feed_forward(ffn_norm(x))        w2(silu(w1 x) * w3 x)
     norm -> `hidden` (B, T, D) -> output -> logits (B, T, V)
 
 Decisions that are easy to get wrong:
@@ -92,7 +92,8 @@ def rope_angles(positions, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + d/2}) of every head by its position's angle. x (B, H, T, d); cos, sin (.., T, d/2)."""
+    """Turn each pair (x_i, x_{i + d/2}) of every head by its position's angle. x (B, H, T, d);
+    cos, sin (.., T, d/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -167,7 +168,8 @@ class Llama(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
         self.tie()
-        self.checkpoint_activations = False      # True: keep one (B, T, D) per block, recompute the rest in the backward
+        # True: keep one (B, T, D) per block, recompute the rest in the backward
+        self.checkpoint_activations = False
         self.checkpoint_context = no_context     # model -> (forward context, recompute context); lora.py sets it
 
     def tie(self):
@@ -206,7 +208,8 @@ class Llama(nn.Module):
 
 
 class FrozenHeadLogprobs(torch.autograd.Function):
-    """log softmax(W h)[target] of states h (N, D), for a head W (V, D) that does not train: its gradient is found on the way.
+    """log softmax(W h)[target] of states h (N, D), for a head W (V, D) that does not train:
+    its gradient is found on the way.
 
         d logp[target] / dh = W[target] - sum_v p_v W_v = (onehot - p) W
 
@@ -232,14 +235,15 @@ class FrozenHeadLogprobs(torch.autograd.Function):
 
 
 def response_logprobs(head, hidden, targets, banned_mask=None, ref=None, divergence=None, max_logits=1 << 24):
-    """Log-probability of each target, entropy, and what the reference says of the same positions; never all logits at once.
+    """Log-probability of each target, entropy, and what the reference says of the same positions;
+    never all logits at once.
 
     head: the output layer. hidden (N, D): the states that predict the targets (N,). banned_mask (V,) bool: ids that
     the sampler never draws; the same ban applies here, or the ratio of PPO would not be 1. ref: (ref head,
-    ref hidden (N, D)), frozen. divergence: function (logits, ref_logits) -> (N,), differentiated with respect to logits.
-    Logits are made at most `max_logits` at a time, in float32; a head that trains, or a divergence, has them made again in
-    the backward pass. Returns logprobs (N,) [nats], entropy (N,) [nats, detached; None in training, where nobody asks for
-    it], ref_logprobs (N,) or None, divergence (N,) or None.
+    ref hidden (N, D)), frozen. divergence: function (logits, ref_logits) -> (N,), differentiated with respect to
+    logits. Logits are made at most `max_logits` at a time, in float32; a head that trains, or a divergence, has them
+    made again in the backward pass. Returns logprobs (N,) [nats], entropy (N,) [nats, detached; None in training, where
+    nobody asks for it], ref_logprobs (N,) or None, divergence (N,) or None.
     """
     def chunk(hidden, ref_hidden, targets):
         logits = masked_logits(head, hidden, banned_mask)                        # (n, V)
@@ -312,7 +316,8 @@ class KVCache:
         return self.k[layer][:, :, :self.used + 1], self.v[layer][:, :, :self.used + 1], self.mask
 
     def advance(self, running):
-        """One token per row has been stored; it counts for the rows that are `running` (B,) bool, the others' is written over."""
+        """One token per row has been stored; it counts for the rows that are `running` (B,) bool,
+        the others' is written over."""
         self.lengths, self.used = self.lengths + running, min(self.used + 1, self.slots - 1)
 
     def keep(self, rows):
@@ -339,7 +344,8 @@ def uniforms(seed, row, n):
 
 
 def nucleus(probs, top_p):
-    """Zero all but the smallest set of most probable ids whose mass reaches top_p (Holtzman et al., arXiv 1904.09751)."""
+    """Zero all but the smallest set of most probable ids whose mass reaches top_p (Holtzman et al., arXiv
+    1904.09751)."""
     p, ids = probs.sort(dim=-1, descending=True, stable=True)
     mass_before = p.double().cumsum(-1) - p
     return torch.zeros_like(probs).scatter(-1, ids, torch.where(mass_before < top_p, p, 0.0))
@@ -357,7 +363,8 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
 
 
 def pad_right(rows, fill=0):
-    """Lists of ids of any lengths -> (B, T) int64, the empty places on the right filled (masks decide, not the fill)."""
+    """Lists of ids of any lengths -> (B, T) int64, the empty places on the right filled (masks decide, not the
+    fill)."""
     width = max(map(len, rows))
     return torch.tensor([list(row) + [fill] * (width - len(row)) for row in rows], dtype=torch.int64)
 
@@ -406,8 +413,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
 def check_generate(model, prompts, limits, temperature, top_p):
     """Refuse what cannot be generated, in one line."""
     if min(limits, default=1) < 1 or not (temperature == 0 or 1e-3 <= temperature < math.inf) or not 0 < top_p <= 1:
-        raise ValueError(f"got max_new_tokens {min(limits, default=1)}, temperature {temperature}, top_p {top_p}: expected at "
-                         "least 1; 0 (greedy), or at least 0.001; and above 0 up to 1")
+        raise ValueError(f"got max_new_tokens {min(limits, default=1)}, temperature {temperature}, top_p {top_p}: "
+                         "expected at least 1; 0 (greedy), or at least 0.001; and above 0 up to 1")
     if not all(prompts):
         raise ValueError("a prompt is empty: expected at least one id (BOS) in each")
     prompt, new = max(((len(p), n) for p, n in zip(prompts, limits)), key=sum, default=(0, 0))
@@ -420,7 +427,8 @@ def check_generate(model, prompts, limits, temperature, top_p):
 
 
 def prefill(model, prompts, slots):
-    """Run prompts through the model. -> a cache of so many slots that holds them, the state of each last token (B, D)."""
+    """Run prompts through the model. -> a cache of so many slots that holds them,
+    the state of each last token (B, D)."""
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)
     cache = KVCache(slots)
     hidden = model.hidden(pad_right(prompts).to(model.device), cache)            # (B, T, D)
@@ -429,11 +437,12 @@ def prefill(model, prompts, slots):
 
 
 def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs):
-    """Decode N prompts, `size` at a time. limits: new ids per row; u (N, M) uniforms, M >= limits; pick(logits, u) -> ids.
+    """Decode N prompts, `size` at a time. limits: new ids per row; u (N, M) uniforms, M >= limits; pick(logits, u)
+    -> ids.
 
-    A row ends with EOS or at its limit. Every 8 tokens, if an eighth of the batch has ended, those rows make room for the
-    next prompts, or, when there are none, leave. Returns ids and log-probabilities, lists of N rows; what comes after the
-    end of a row is EOS (and 0.0).
+    A row ends with EOS or at its limit. Every 8 tokens, if an eighth of the batch has ended, those rows make room for
+    the next prompts, or, when there are none, leave. Returns ids and log-probabilities, lists of N rows; what comes
+    after the end of a row is EOS (and 0.0).
     """
     N, M, device = *u.shape, model.device
     slots, limits = max(len(p) + n for p, n in zip(prompts, limits)), torch.tensor(limits, device=device)
@@ -497,8 +506,8 @@ def our_name(name):
 def load_llama(path, device="cpu", dtype=torch.float32):
     """Read a model from a Hugging Face folder (config.json) or a Meta folder (params.json), told apart by their files.
 
-    Tensors are read one at a time and cast on the way: the peak is the model in `dtype` and one tensor. ValueError names
-    what is missing, extra, of a wrong shape, or not implemented here; FileNotFoundError if there is no model.
+    Tensors are read one at a time and cast on the way: the peak is the model in `dtype` and one tensor. ValueError
+    names what is missing, extra, of a wrong shape, or not implemented here; FileNotFoundError if there is no model.
     """
     config, readers = open_checkpoint(path)
     model = empty_llama(config, device, dtype)
@@ -562,26 +571,31 @@ def hf_config(raw, path):
         raise ValueError(f"{path}/config.json holds a {type(raw).__name__}, expected the settings of a LLaMA")
     ropes = [r for r in (raw.get("rope_parameters"), raw.get("rope_scaling")) if r]
     kinds = [r.get("rope_type", r.get("type", "default")) if isinstance(r, dict) else r for r in ropes]
-    thetas = [r["rope_theta"] for r in (raw, *ropes) if isinstance(r, dict) and r.get("rope_theta") is not None] or [10000.0]
+    thetas = [r["rope_theta"] for r in (raw, *ropes)
+              if isinstance(r, dict) and r.get("rope_theta") is not None] or [10000.0]
     window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
     model_type = raw.get("model_type") or (raw.get("architectures") or ["llama"])[0]
-    refused = {"model_type": (model_type, "llama" not in str(model_type).lower() or raw.get("model_type", "llama") != "llama"),
-               "rope_scaling": (next((r for r, kind in zip(ropes, kinds) if kind != "default"), None), set(kinds) - {"default"}),
+    refused = {"model_type": (model_type,
+                              "llama" not in str(model_type).lower() or raw.get("model_type", "llama") != "llama"),
+               "rope_scaling": (next((r for r, kind in zip(ropes, kinds) if kind != "default"), None),
+                                set(kinds) - {"default"}),
                "rope_theta": (thetas, len(set(map(str, map(numeric, thetas)))) > 1),
-               "sliding_window": (window, window and numeric(window) < numeric(raw.get("max_position_embeddings", 2048))),
+               "sliding_window": (window,
+                                  window and numeric(window) < numeric(raw.get("max_position_embeddings", 2048))),
                **{key: (raw.get(key), raw.get(key, plain) not in (plain, None)) for key, plain in (
                    ("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("partial_rotary_factor", 1),
                    ("quantization_config", None))}}
     for what, (got, bad) in refused.items():
         if bad:
             raise ValueError(f"{path}/config.json: {what} = {got} is not implemented here (plain LLaMA only)")
-    sizes = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-             "n_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size", "head_dim": "head_dim",
-             "max_seq_len": "max_position_embeddings"}
+    sizes = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+             "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size",
+             "head_dim": "head_dim", "max_seq_len": "max_position_embeddings"}
     given = {ours: raw[key] for ours, key in sizes.items() if raw.get(key) is not None}
     for key in ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim"):
         if key not in given:
-            raise ValueError(f"{path}/config.json has no {sizes[key]!r}: is this a LLaMA, and was the stage that writes it run to its end?")
+            raise ValueError(f"{path}/config.json has no {sizes[key]!r}: "
+                             "is this a LLaMA, and was the stage that writes it run to its end?")
     wrong = [sizes[k] for k, v in given.items() if type(v) is not int or v < 1]
     if wrong:
         raise ValueError(f"{path}/config.json: {wrong[0]} = {raw[wrong[0]]!r} is not a whole number of at least 1")
@@ -598,12 +612,13 @@ def numeric(x, what="a setting"):
     return float(x)
 
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def weight_files(path):
-    """The files of a Hugging Face folder that hold its weights, sought in transformers' order: file -> the names that the
-    index looks for in it (None: there is no index, all of them)."""
+    """The files of a Hugging Face folder that hold its weights, sought in transformers' order: file -> the names that
+    the index looks for in it (None: there is no index, all of them)."""
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(f"{path} has no weights: expected one of {', '.join(WEIGHT_FILES)}")
@@ -644,16 +659,16 @@ def read_pickle(path):
     try:
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception:      # (torch.load names a damaged or a forbidden file in many ways)
-        raise ValueError(f"{path} cannot be read as tensors: it is damaged (truncated?), or holds more than tensors, which is "
-                         "not opened, since a pickle can run code") from None
+        raise ValueError(f"{path} cannot be read as tensors: it is damaged (truncated?), or holds more than tensors, "
+                         "which is not opened, since a pickle can run code") from None
     if not isinstance(content, dict) or not all(isinstance(k, str) and torch.is_tensor(t) for k, t in content.items()):
         raise ValueError(f"{path}: expected a dictionary of tensors, got a {type(content).__name__} of other things")
     return content
 
 
 def meta_config(path):
-    """LlamaConfig of Meta's params.json, and the shards consolidated.*.pth, if they are there: the widths that params.json
-    leaves out are those of the tensors; without them LLaMA's rules and vocabulary give them."""
+    """LlamaConfig of Meta's params.json, and the shards consolidated.*.pth, if they are there: the widths that
+    params.json leaves out are those of the tensors; without them LLaMA's rules and vocabulary give them."""
     raw, files = read_json(path / "params.json"), sorted(path.glob("consolidated.*.pth"))
     given = {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else {}
     for key in ("dim", "n_layers", "n_heads", "norm_eps"):
@@ -665,7 +680,8 @@ def meta_config(path):
     if [f.name for f in files] != [f"consolidated.{i:02}.pth" for i in range(len(files))]:
         raise ValueError(f"{path} holds {', '.join(f.name for f in files)}: a shard is missing")
     shards = [read_pickle(f) for f in files]
-    vocab_size, ffn_dim = shard_widths(path, given, shards) if shards else (given.get("vocab_size", -1), meta_ffn_dim(given))
+    vocab_size, ffn_dim = (shard_widths(path, given, shards) if shards
+                           else (given.get("vocab_size", -1), meta_ffn_dim(given)))
     return LlamaConfig(
         vocab_size=vocab_size if vocab_size > 0 else 32000, dim=given["dim"], n_layers=given["n_layers"],
         n_heads=given["n_heads"], n_kv_heads=given.get("n_kv_heads"), ffn_dim=ffn_dim, norm_eps=given["norm_eps"],
@@ -687,8 +703,8 @@ def shard_widths(path, given, shards):
         raise ValueError(f"{path}: {absent[0]} is missing")
     vocab_size, ffn_dim, rows = (first[k].shape[0] * n for k in wanted)
     if rows != given["dim"]:
-        raise ValueError(f"{path}: {n} files consolidated.*.pth hold {rows} rows of wq, params.json says {given['dim']}: "
-                         "a shard is missing, or one is too many")
+        raise ValueError(f"{path}: {n} files consolidated.*.pth hold {rows} rows of wq, params.json says "
+                         f"{given['dim']}: a shard is missing, or one is too many")
     if any(torch.equal(first[wanted[2]], shard[wanted[2]]) for shard in shards[1:]):
         raise ValueError(f"{path}: two of the shards are the same file")
     return vocab_size, ffn_dim
@@ -708,7 +724,8 @@ def meta_checkpoint(path):
         if kind.endswith("norm") or kind == "rope":
             return shards[0][name]
         try:
-            tensor = torch.cat([shard[name] for shard in shards], dim=1 if kind in ("wo", "w2", "tok_embeddings") else 0)
+            tensor = torch.cat([shard[name] for shard in shards],
+                               dim=1 if kind in ("wo", "w2", "tok_embeddings") else 0)
         except (KeyError, RuntimeError):
             raise ValueError(f"{path}: the shards' parts of {name} do not fit together") from None
         return half_split(tensor, config.head_dim) if kind in ("wq", "wk") else tensor
@@ -731,7 +748,8 @@ def fill(module, readers, path):
     params = dict(module.named_parameters(remove_duplicate=False))
     readers = {name: read for name, read in readers.items() if not name.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
     matrices = [name for name in ("tok_embeddings.weight", "output.weight") if name in readers]
-    if matrices and getattr(module, "config", None) and module.config.tie_embeddings:      # one matrix, two names: one will do
+    # one matrix, two names: one will do
+    if matrices and getattr(module, "config", None) and module.config.tie_embeddings:
         if len(matrices) == 2 and not torch.equal(*(readers[name]() for name in matrices)):
             raise ValueError(f"{path}: the config ties output to embeddings, but the file has two different matrices")
         other = "output.weight" if matrices[0] == "tok_embeddings.weight" else "tok_embeddings.weight"
@@ -744,7 +762,8 @@ def fill(module, readers, path):
     for name, read in readers.items():
         tensor = read()
         if tensor.shape != params[name].shape:
-            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(params[name].shape)}")
+            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
+                             f"expected {tuple(params[name].shape)}")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"{path}: tensor {name} is {tensor.dtype}: quantised weights are not implemented here")
         params[name].copy_(tensor)
@@ -816,5 +835,6 @@ def fingerprint(model):
         if ".lora_" not in name:
             flat = p.detach().flatten()
             picked = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
-            digest.update(name.replace(".base.", ".").encode() + picked.bfloat16().cpu().view(torch.int16).numpy().tobytes())
+            digest.update(name.replace(".base.", ".").encode()
+                          + picked.bfloat16().cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -98,7 +98,8 @@ def shape_rewards(scores, penalty, response_mask, kl_coef):
 def gae(rewards, values, response_mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16), ending at each row's last token.
 
-        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)         A_t = delta_t + gamma lam A_{t+1}         return_t = A_t + V(s_t)
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)         A_t = delta_t + gamma lam A_{t+1}
+        return_t = A_t + V(s_t)
 
     V and A after the last True token are 0, EOS or not: the episode is over. lam = 0 is TD(0), lam = gamma = 1 Monte
     Carlo. rewards, values (B, R) -> advantages, returns (B, R), 0 in the padding, without gradient.
@@ -162,7 +163,8 @@ def value_loss(values, old_values, returns, response_mask, clip):
 
 
 def adapt_kl_coef(kl_coef, kl, target, horizon, sequences):
-    """Proportional controller of the penalty (Ziegler et al., section 2.2): doubles or halves slowly towards a target KL.
+    """Proportional controller of the penalty (Ziegler et al., section 2.2):
+    doubles or halves slowly towards a target KL.
 
     error = clamp(kl / target - 1, -0.2, 0.2);  kl_coef * (1 + error * sequences / horizon). kl and target: true KL per
     sequence, nats. It multiplies, so the sign of kl_coef stays (for horizon >= sequences).

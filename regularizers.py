@@ -1,7 +1,7 @@
 """What keeps the policy near the reference: penalties on one sampled token, and exact divergences over the vocabulary.
 
-Legend   B batch, R response tokens, V vocabulary; p the policy, q the reference, r = q/p, d = log p - log q, all for the
-         token that was sampled from p; every quantity is in nats per token
+Legend   B batch, R response tokens, V vocabulary; p the policy, q the reference, r = q/p, d = log p - log q, all for
+         the token that was sampled from p; every quantity is in nats per token
 
     name                   sampled(d)                                  expectation under p         >= 0
     kl                     d                                   (k1)    KL(p || q)                  no
@@ -19,23 +19,23 @@ k1, k2, k3 are Schulman's names (joschu.net/blog/kl-approx.html, 2020).
 
 Two ways to use a divergence, which are not the same:
 * in the reward: the sampled value is a number, charged to the token that was drawn, and the policy gradient of it is
-  E_p[f(d) grad log p]. But grad E_p[f(d)] = E_p[f(d) grad log p] + E_p[f'(d) grad log p]: the second half is lost. For k1
-  it is E_p[grad log p] = 0, nothing is lost, and the gradient is that of KL. k2, k3 and JS are of second order in d, and
-  so is what is left of them: near p = q, where training happens, they hardly push. Share of KL's gradient that each
+  E_p[f(d) grad log p]. But grad E_p[f(d)] = E_p[f(d) grad log p] + E_p[f'(d) grad log p]: the second half is lost. For
+  k1 it is E_p[grad log p] = 0, nothing is lost, and the gradient is that of KL. k2, k3 and JS are of second order in d,
+  and so is what is left of them: near p = q, where training happens, they hardly push. Share of KL's gradient that each
   keeps (by enumeration in tests/test_regularizers.py, V = 200, token KL 0.1): k1 1.00, clamped about .6, bregman_paper
   .2 to .3, k2, k3 and paper-JS below .2, unbiased JS about 0; second digits depend on how the logits are spread.
   So most "other regularisers" in the reward are close to none at all.
-* in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one (of KL with respect
-  to a logit: p (log p - log q - KL)).
-The other two combinations are refused. An exact divergence in the reward is the same number whichever token is drawn: its
-own-token gradient is 0. A sampled form in the loss has a derivative, but not the divergence's: k1's is 0 on average, k3's
-that of KL(q || p).
+* in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one (of KL with
+  respect to a logit: p (log p - log q - KL)).
+The other two combinations are refused. An exact divergence in the reward is the same number whichever token is drawn:
+its own-token gradient is 0. A sampled form in the loss has a derivative, but not the divergence's: k1's is 0 on
+average, k3's that of KL(q || p).
 
 Departures from the paper's code: its Jensen-Shannon (kept as jensen_shannon_paper) is linear in d near 0, where JS is
 quadratic; its bregman (kept as bregman_paper) has p/q where k3 has q/p, and its mean under p is not KL; its forms took
 exp(logprob) first and were inf or NaN near -110. Here everything stays in log space, and the difference of nearly equal
-terms is taken in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is clamped: for d below -88 k3 and
-JS, for d above 88 bregman_paper overflow float32, and the run stops and says so.
+terms is taken in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is clamped: for d below -88 k3
+and JS, for d above 88 bregman_paper overflow float32, and the run stops and says so.
 """
 import math
 
@@ -90,7 +90,8 @@ def exact(name, logits, ref_logits):
         raise ValueError(f"no exact divergence called {name}: choose from {', '.join(EXACT)}")
     floor = -1e30      # a logit of -inf: probability 0 with finite arithmetic, so that 0 * log 0 is 0 in gradients too
     logp = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, dim=-1).clamp(min=floor)
-    logq = F.log_softmax(ref_logits.float() if ref_logits.dtype != torch.float64 else ref_logits, dim=-1).clamp(min=floor)
+    logq = F.log_softmax(ref_logits.float() if ref_logits.dtype != torch.float64 else ref_logits,
+                         dim=-1).clamp(min=floor)
     if name == "kl":
         return kl_terms(logp, logq)
     if name == "reverse_kl":

@@ -11,8 +11,8 @@ RLHF needs four models. Two frozen trunks, or one, are enough, since each model 
 Legend   B batch, T tokens, R response tokens, D width, N response tokens of a batch laid end to end
 
 Departures from the paper's code: heads are float32; the reward model reads the ids that were sampled, at the last real
-token, never re-tokenised text; whether that token is the EOS is written in the model's config (`score_eos`). AlpacaFarm's
-released reward model has seen text without EOS, so a final EOS is left out for it.
+token, never re-tokenised text; whether that token is the EOS is written in the model's config (`score_eos`).
+AlpacaFarm's released reward model has seen text without EOS, so a final EOS is left out for it.
 """
 import math
 import shutil
@@ -28,15 +28,16 @@ from torch import nn
 from data import length_mask, pack, response_states, response_tokens
 from lora import (adapter, adapter_chain, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
                   merged_readers, read_adapter_config, read_tensors, save_lora, targets_of)
-from model import (WEIGHT_FILES, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config, hf_config_json, hf_name,
-                   hf_tensors, load_llama, open_checkpoint, our_name, read_json, read_model_config, response_logprobs,
-                   save_llama, save_shards, save_weights, write_json)
+from model import (WEIGHT_FILES, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config,
+                   hf_config_json, hf_name, hf_tensors, load_llama, open_checkpoint, our_name, read_json,
+                   read_model_config, response_logprobs, save_llama, save_shards, save_weights, write_json)
 from ppo import Rollout, join_rollouts
 from regularizers import exact
 
 
 def bradley_terry_loss(chosen, rejected):
-    """-log sigmoid(chosen - rejected), the mean over pairs (Bradley & Terry 1952; Stiennon et al., arXiv 2009.01325, eq. 1).
+    """-log sigmoid(chosen - rejected), the mean over pairs (Bradley & Terry 1952; Stiennon et al., arXiv 2009.01325,
+    eq. 1).
 
     chosen, rejected (B,) scores -> scalar, nats per pair. log 2 when the scores say nothing.
     """
@@ -118,7 +119,8 @@ class ActorCritic(nn.Module):
             yield self.policy if trained else self.ref or self.policy
 
     def forward(self, tokens, prompt_lengths, response_lengths, divergence=None):
-        """tokens (B, T) right-padded, lengths (B,) -> Evaluation. divergence: name of an exact one, needs the reference."""
+        """tokens (B, T) right-padded, lengths (B,) -> Evaluation.
+        divergence: name of an exact one, needs the reference."""
         R = int(response_lengths.max())
         mask = length_mask(response_lengths, R)                                   # (B, R)
         targets = response_tokens(tokens, prompt_lengths, R)[mask]                # (N,)
@@ -179,8 +181,8 @@ def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
 # ------------------------------------------------------------------------------------------------- the four models
 
 def load_trunk(path, device="cpu", dtype=torch.float32):
-    """A model from its folder (load_llama); or, from an adapter's folder, the model that it was trained on with the adapter
-    merged in, tensor by tensor, in float32: such an SFT model is then an ordinary one, and PPO's reference."""
+    """A model from its folder (load_llama); or, from an adapter's folder, the model that it was trained on with the
+    adapter merged in, tensor by tensor, in float32: such an SFT model is then an ordinary one, and PPO's reference."""
     base, adapters = adapter_chain(path)
     config, readers = open_checkpoint(base)
     for folder in adapters:
@@ -193,8 +195,8 @@ def load_trunk(path, device="cpu", dtype=torch.float32):
 def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, alpha=64.0, dropout=0.0):
     """The four models of PPO on one or two trunks, ready to train. -> ActorCritic (reference included), RewardModel.
 
-    rank, alpha: of the policy's adapter, and on two trunks of the value's; on one trunk the value adapter is a copy of the
-    reward adapter and has its rank and alpha.
+    rank, alpha: of the policy's adapter, and on two trunks of the value's; on one trunk the value adapter is a copy of
+    the reward adapter and has its rank and alpha.
 
     rank 0 trains all weights of policy and critic instead, kept in float32 and computed in `dtype`; so is the frozen
     copy that is the reference, or KL would not be exactly 0 at the start.
@@ -257,9 +259,9 @@ def count_parameters(config, lm_head=True, rank=0):
 
 
 def saved_bytes(config, size, full=False):
-    """Bytes that one token in one layer keeps for the backward pass, read off model.Block, at `size` bytes per number: the
-    norms keep their input in float32, the adapters of wq, wk, wv and wo theirs, attention q, k, v and its output, SwiGLU
-    three rows of width F; training all weights adds the inputs of w1 and w3, of w2, and the normed rows."""
+    """Bytes that one token in one layer keeps for the backward pass, read off model.Block, at `size` bytes per number:
+    the norms keep their input in float32, the adapters of wq, wk, wv and wo theirs, attention q, k, v and its output,
+    SwiGLU three rows of width F; training all weights adds the inputs of w1 and w3, of w2, and the normed rows."""
     c, heads, kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     kept = 2 * 4 * c.dim + size * (c.dim + 3 * heads + 2 * kv + 3 * c.ffn_dim)
     return kept + full * size * (3 * c.dim + c.ffn_dim)
@@ -334,7 +336,8 @@ def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None, adapt
     if is_adapter(path):
         return load_reward_adapter(path, about, trunk, adapter_name)
     readers = {reward_name(k): read for k, read in hf_tensors(path).items() if "lm_head" not in k}
-    config = backbone_config(path, about, readers, trunk) if about.get("model_type") == "reward_model" else hf_config(about, path)
+    config = (backbone_config(path, about, readers, trunk) if about.get("model_type") == "reward_model"
+              else hf_config(about, path))
     model = RewardModel(empty_llama(config, device, dtype, lm_head=False), score_eos=about.get("score_eos", False))
     fill(model, readers, path)
     return model
@@ -343,9 +346,9 @@ def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None, adapt
 def backbone_config(path, about, readers, policy=None):
     """LlamaConfig of AlpacaFarm's reward model, whose config.json only names the folder of its backbone.
 
-    From that folder, if it is here; else from the policy, if its sizes fit; else from the tensors, which tell neither the
-    head width (LLaMA's 128, unless the file has rotary frequencies) nor norm_eps (LLaMA 1's 1e-6). The vocabulary is
-    the tensors': AlpacaFarm added a [PAD].
+    From that folder, if it is here; else from the policy, if its sizes fit; else from the tensors, which tell neither
+    the head width (LLaMA's 128, unless the file has rotary frequencies) nor norm_eps (LLaMA 1's 1e-6). The vocabulary
+    is the tensors': AlpacaFarm added a [PAD].
     """
     shape = lambda name: readers[f"trunk.{name}"]().shape
     try:
@@ -357,17 +360,20 @@ def backbone_config(path, about, readers, policy=None):
     if (backbone / "config.json").is_file() or (backbone / "params.json").is_file():
         return replace(read_model_config(backbone), vocab_size=vocab_size, tie_embeddings=False)
     like = policy and policy.config
-    if like and (like.dim, like.n_layers, like.ffn_dim, like.n_kv_heads * like.head_dim) == (dim, n_layers, ffn_dim, kv_width):
+    if like and ((like.dim, like.n_layers, like.ffn_dim, like.n_kv_heads * like.head_dim)
+                 == (dim, n_layers, ffn_dim, kv_width)):
         return replace(like, vocab_size=vocab_size, tie_embeddings=False)
     frequencies = next((len(read()) for name, read in readers.items() if name.endswith("rotary_emb.inv_freq")), 64)
     head_dim = 2 * frequencies
     if dim % head_dim or kv_width % head_dim:
-        raise ValueError(f"{path}/config.json does not say the head width: put the backbone's folder into its backbone_model_name_or_path")
+        raise ValueError(f"{path}/config.json does not say the head width: "
+                         "put the backbone's folder into its backbone_model_name_or_path")
     return LlamaConfig(vocab_size, dim, n_layers, dim // head_dim, kv_width // head_dim, ffn_dim, head_dim=head_dim)
 
 
 def check_reward_model(path, tokenizer):
-    """What a reward model's config files say, without its weights: whether they can be read, and hold the tokenizer's ids."""
+    """What a reward model's config files say, without its weights:
+    whether they can be read, and hold the tokenizer's ids."""
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no reward model: expected config.json, as --stage reward writes it")
@@ -400,7 +406,8 @@ def reward_name(name):
 
 
 def load_paper_adapters(net, path, alpha=64.0):
-    """Put the paper's released weights (a loralib state dict; alpha is not in it) into policy, critic and value head."""
+    """Put the paper's released weights (a loralib state dict; alpha is not in it) into policy,
+    critic and value head."""
     path = Path(path) / "pytorch_model.bin" if Path(path).is_dir() else Path(path)
     load_lora(net.policy, net.policy_adapter, path, alpha)
     load_lora(net.critic, net.value_adapter, path, alpha, part="value")
@@ -412,7 +419,8 @@ def load_paper_adapters(net, path, alpha=64.0):
 # ------------------------------------------------------------------------------------------------------ weight diffs
 
 def recover(base, diff, out, dtype=torch.float32):
-    """Tuned model = base + released weight diff (AlpacaFarm's sft10k, reward-model-human, ..), written to the folder `out`.
+    """Tuned model = base + released weight diff (AlpacaFarm's sft10k, reward-model-human, ..),
+    written to the folder `out`.
 
     The sum of all weights is compared with the diff's model_sum.txt, as AlpacaFarm does (relative 1e-5). Its sums were
     taken when transformers still counted the rotary frequencies as weights: with them or without, one has to fit.
@@ -446,8 +454,8 @@ def recover(base, diff, out, dtype=torch.float32):
     possible = total, total + len(rotary) * frequencies.sum().item()
     if published is not None and not any(math.isclose(s, published, rel_tol=1e-5) for s in possible):
         (out / "model.safetensors.index.json").unlink()
-        raise ValueError(f"the recovered weights sum to {total:.4f}, {diff}/model_sum.txt says {published:.4f}: {base} is not the "
-                         f"model that this diff was made for; what is in {out} is of no use")
+        raise ValueError(f"the recovered weights sum to {total:.4f}, {diff}/model_sum.txt says {published:.4f}: {base} "
+                         f"is not the model that this diff was made for; what is in {out} is of no use")
     tokenizer = next((f / "tokenizer.model" for f in (diff, base) if (f / "tokenizer.model").is_file()), None)
     if tokenizer:
         shutil.copy(tokenizer, out / "tokenizer.model")
@@ -461,7 +469,8 @@ def check_new_folder(out):
     """Refuse to write a model where one is, or where weights of another would be read instead."""
     if Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"{out} is a file: expected a folder to write to")
-    found = [name for name in (*WEIGHT_FILES, "config.json", "params.json", "adapter_config.json") if (Path(out) / name).exists()]
+    found = [name for name in (*WEIGHT_FILES, "config.json", "params.json", "adapter_config.json")
+             if (Path(out) / name).exists()]
     if found:
         raise ValueError(f"{out} holds a model already ({found[0]}): choose another folder")
 
@@ -481,5 +490,6 @@ def with_mean_rows(weight, like, name, diff):
     if extra > 0 and name.endswith(("embed_tokens.weight", "lm_head.weight")):
         weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(extra, -1)])
     if weight.shape != like.shape:
-        raise ValueError(f"{diff} is a diff for another model: {name} has shape {tuple(like.shape)}, the base {tuple(weight.shape)}")
+        raise ValueError(f"{diff} is a diff for another model: "
+                         f"{name} has shape {tuple(like.shape)}, the base {tuple(weight.shape)}")
     return weight

@@ -2,15 +2,16 @@
 
     python train.py                                  one process, the toy world
     torchrun --nproc_per_node=2 train.py             two processes, the same results
-    torchrun --nproc_per_node=2 train.py --stage ppo --model runs/sft --reward runs/reward --prompts unlabeled.json --out runs/ppo
+    torchrun --nproc_per_node=2 train.py --stage ppo --model runs/sft --reward runs/reward
+             --prompts unlabeled.json --out runs/ppo
 
 Read it from the bottom up or from the top down: settings, run folder, processes, the three stages, main.
 
 Legend   B sequences of a global batch, T tokens, R response tokens
 
 Departures from the paper's code (numbers as in the README):
-1. True accumulation: each loss is summed over tokens and divided by the *global* number of response tokens; one clip and
-   one optimiser step per minibatch. (The paper's code steps on each of 8 reuses of the same 16 sequences.)
+1. True accumulation: each loss is summed over tokens and divided by the *global* number of response tokens; one clip
+   and one optimiser step per minibatch. (The paper's code steps on each of 8 reuses of the same 16 sequences.)
 5. No dropout in the update by default; with it, old_logprobs are taken without.
 6. Token in, token out: the missing-EOS penalty looks at ids, the reward model scores the ids that were sampled.
 11. Checkpoints hold all that a resumed run needs, the first learning rate is above 0, logged KL is not clamped, logged
@@ -36,16 +37,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows, load_preferences, load_prompts, load_sft, pack,
-                  permutation, split_by_instruction)
+from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows, load_preferences,
+                  load_prompts, load_sft, pack, permutation, split_by_instruction)
 from eval import accuracy_report, check_rows, evaluate, load_run, pair_accuracy, report, score_pairs, summarise
 from lora import add_lora, base_folder, lora_parameters, merge_lora
 from model import Llama, LlamaConfig, generate, keyed_seed, read_json, read_model_config, save_llama, write_json
-from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards, value_loss,
-                 whiten)
+from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards,
+                 value_loss, whiten)
 from regularizers import EXACT, SAMPLED, sampled
-from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, check_reward_model, count_parameters, kv_cache_bytes,
-                    load_trunk, save_policy, save_reward_model, training_memory)
+from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, check_reward_model,
+                    count_parameters, kv_cache_bytes, load_trunk, save_policy, save_reward_model, training_memory)
 
 STAGES = ("sft", "reward", "ppo")
 PAPER_COMPAT = ("reuse_minibatch", "whiten_shift")
@@ -80,7 +81,8 @@ class Config:
     max_len: int = knob(512, "longest row of the sft and reward stages, tokens; longer ones lose their tail", low=2)
     micro_batch: int = knob(8, "sequences per forward pass of one process (pairs, in the reward stage)", low=1)
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm, policy and value apart", low=0)
-    checkpoint_activations: bool = knob(False, "recompute each layer in the backward pass: less memory, a third more time")
+    checkpoint_activations: bool = knob(False, "recompute each layer in the backward pass: "
+                                               "less memory, a third more time")
     beta2: float = knob(0.999, "decay of Adam's second moment in the sft and reward stages (PPO: 0.999)", low=0)
     save_every: int = knob(20, "steps between checkpoints", low=1)
 
@@ -110,7 +112,8 @@ class Config:
     response_len: int = knob(300, "longest response, tokens", low=1)
     lr: float = knob(1e-5, "peak learning rate, linear decay after --warmup_steps", low=0)
     warmup_steps: int = knob(5, "PPO steps until the peak learning rate", low=0)
-    lora_rank: int = knob(8, "rank of the policy adapter, and of the value adapter on two trunks (0: train all weights)", low=0)
+    lora_rank: int = knob(8, "rank of the policy adapter, "
+                             "and of the value adapter on two trunks (0: train all weights)", low=0)
     lora_alpha: float = knob(64.0, "alpha of the adapters: the update is scaled by alpha / rank", low=0)
     lora_dropout: float = knob(0.0, "dropout of the adapters in the update (the paper: 0.1)", low=0)
     gamma: float = knob(1.0, "discount", low=0)
@@ -119,30 +122,34 @@ class Config:
     value_clip: float = knob(0.2, "clip range of the value around its old value", low=0)
     vf_coef: float = knob(0.1, "weight of the value loss", low=0)
     whiten_rewards: bool = knob(False, "divide shaped rewards by their standard deviation (never shifts them)")
-    regularizer: str = knob("kl", "penalty for leaving the reference", choices=("none", *dict.fromkeys(SAMPLED + EXACT)))
+    regularizer: str = knob("kl", "penalty for leaving the reference",
+                            choices=("none", *dict.fromkeys(SAMPLED + EXACT)))
     regularizer_mode: str = knob("reward", "charge the sampled penalty to the reward, or add the exact one to the loss",
                                  choices=("reward", "loss"))
     divergence: str = knob("", "sampled: a number per drawn token; exact: a sum over the vocabulary, differentiable "
                                "(default: what --regularizer_mode needs)", choices=("", "sampled", "exact"))
     kl_coef: float = knob(0.02, "weight of the penalty (negative: pays for leaving)")
-    kl_target: float = knob(0.0, "true KL per sequence, nats, that the weight is steered to (0: the weight is fixed)", low=0)
+    kl_target: float = knob(0.0, "true KL per sequence, nats, that the weight is steered to (0: the weight is fixed)",
+                            low=0)
     kl_horizon: float = knob(10000.0, "sequences over which that steering acts", low=1)
-    paper_compat: str = knob("", "dynamics of the paper's code where they differ, a comma list: reuse_minibatch (each optimiser "
-                                 "step takes the gradient of an eighth of a minibatch, 8 times), whiten_shift (whitened rewards "
-                                 "get their mean back); its dropout is --lora_dropout 0.1, its Jensen-Shannon --regularizer "
-                                 "jensen_shannon_paper; padding in the statistics, bf16 adapters and re-tokenised text are not "
-                                 "carried")
+    paper_compat: str = knob("", "dynamics of the paper's code where they differ, a comma list: reuse_minibatch (each "
+                                 "optimiser step takes the gradient of an eighth of a minibatch, 8 times), "
+                                 "whiten_shift (whitened rewards get their mean back); its dropout is --lora_dropout "
+                                 "0.1, its Jensen-Shannon --regularizer jensen_shannon_paper; padding in the "
+                                 "statistics, bf16 adapters and re-tokenised text are not carried")
     missing_eos_penalty: float = knob(1.0, "subtracted from the score of a response that has no EOS")
     eval_every: int = knob(0, "PPO steps between evaluations (0: only at the end)", low=0)
     eval_drop_long: bool = knob(False, "leave out evaluation rows that do not fit the model (default: refuse them)")
     eval_temperature: float = knob(0.7, "temperature of the evaluation's answers", low=0)
-    dry_run: bool = knob(False, "check all inputs, print sizes, memory per process and steps, and stop; needs no weights")
+    dry_run: bool = knob(False, "check all inputs, print sizes, memory per process and steps, and stop; "
+                                "needs no weights")
 
     def __post_init__(self):
         for f in fields(self):
             value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
             if low is not None and not low <= value < math.inf or f.type is float and not math.isfinite(value):
-                raise ValueError(f"--{f.name} {value} is below {low}" if value < (low or 0) else f"--{f.name} {value} is not a number to compute with")
+                raise ValueError(f"--{f.name} {value} is below {low}"
+                                 if value < (low or 0) else f"--{f.name} {value} is not a number to compute with")
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value!r} is not one of {', '.join(filter(None, choices))}")
         if self.rollout_batch % self.minibatch:
@@ -152,8 +159,9 @@ class Config:
         self.check_paper_compat()
         allowed = ("none", *(SAMPLED if self.regularizer_mode == "reward" else EXACT))
         if self.regularizer not in allowed:
-            raise ValueError(f"--regularizer {self.regularizer} with --regularizer_mode {self.regularizer_mode}: the reward "
-                             f"takes one-sample penalties, the loss exact divergences; here one of {', '.join(allowed)}")
+            raise ValueError(f"--regularizer {self.regularizer} with --regularizer_mode "
+                             f"{self.regularizer_mode}: the reward takes one-sample penalties, "
+                             f"the loss exact divergences; here one of {', '.join(allowed)}")
         for name in ("lora_dropout", "sft_lora_dropout", "reward_lora_dropout", "reward_holdout", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be below 1")
@@ -163,8 +171,8 @@ class Config:
         if not self.max_grad_norm:
             raise ValueError("--max_grad_norm 0 would make every gradient 0: give a large number for no clipping")
         if self.kl_target and (self.regularizer == "none" or self.kl_coef <= 0 or self.kl_horizon < self.rollout_batch):
-            raise ValueError("--kl_target steers --kl_coef: it needs a --regularizer, a --kl_coef above 0, and a --kl_horizon of at "
-                             f"least --rollout_batch ({self.rollout_batch})")
+            raise ValueError("--kl_target steers --kl_coef: it needs a --regularizer, a --kl_coef above 0, and a "
+                             f"--kl_horizon of at least --rollout_batch ({self.rollout_batch})")
         if self.reward and self.stage in ("all", "sft", "reward"):
             raise ValueError(f"--reward goes with --stage ppo: --stage {self.stage} would not use it")
         if self.model and Path(self.out).resolve() in (Path(self.model).resolve(), Path(self.reward or "-").resolve()):
@@ -174,11 +182,13 @@ class Config:
         """The reward takes sampled penalties, the loss exact ones; an empty --divergence becomes the one that fits."""
         fitting = "sampled" if self.regularizer_mode == "reward" else "exact"
         if self.divergence == "exact" and fitting == "sampled":
-            raise ValueError("--divergence exact with --regularizer_mode reward: a sum over the vocabulary is the same whichever "
-                             "token is drawn, so the baseline cancels it and it has no gradient: --regularizer_mode loss")
+            raise ValueError("--divergence exact with --regularizer_mode reward: a sum over the "
+                             "vocabulary is the same whichever token is drawn, so the baseline "
+                             "cancels it and it has no gradient: --regularizer_mode loss")
         if self.divergence == "sampled" and fitting == "exact":
-            raise ValueError("--divergence sampled with --regularizer_mode loss: the derivative of a one-sample form is not the "
-                             "divergence's gradient (k1's is 0 on average): --divergence exact, or --regularizer_mode reward")
+            raise ValueError("--divergence sampled with --regularizer_mode loss: the derivative "
+                             "of a one-sample form is not the divergence's gradient (k1's is 0 "
+                             "on average): --divergence exact, or --regularizer_mode reward")
         object.__setattr__(self, "divergence", fitting)
 
     def check_paper_compat(self):
@@ -187,9 +197,11 @@ class Config:
         if unknown:
             raise ValueError(f"--paper_compat {unknown[0]!r} is not one of {', '.join(PAPER_COMPAT)}")
         if "whiten_shift" in self.compat and self.whiten_rewards:
-            raise ValueError("--whiten_rewards scales only, --paper_compat whiten_shift re-adds the mean: give one of them")
+            raise ValueError("--whiten_rewards scales only, --paper_compat whiten_shift re-adds the mean: "
+                             "give one of them")
         if "reuse_minibatch" in self.compat and self.minibatch % 8:
-            raise ValueError(f"--paper_compat reuse_minibatch takes eighths of --minibatch: {self.minibatch} is not a multiple of 8")
+            raise ValueError("--paper_compat reuse_minibatch takes eighths of --minibatch: "
+                             f"{self.minibatch} is not a multiple of 8")
 
     def folder(self, stage):
         """Where a stage writes: --out itself for a single stage with --model, else a folder of its own in it."""
@@ -222,8 +234,8 @@ class Config:
 
     @property
     def step_batch(self):
-        """Responses per optimiser step. The paper's code adds the gradient of the same 16 sequences 8 times, clipping after
-        each, where a minibatch of 128 was meant: that is 8 times this one gradient, clipped once."""
+        """Responses per optimiser step. The paper's code adds the gradient of the same 16 sequences 8 times, clipping
+        after each, where a minibatch of 128 was meant: that is 8 times this one gradient, clipped once."""
         return self.minibatch // 8 if "reuse_minibatch" in self.compat else self.minibatch
 
 
@@ -231,7 +243,8 @@ TOY_MODEL = LlamaConfig(vocab_size=960, dim=128, n_layers=3, n_heads=4, ffn_dim=
                         tie_embeddings=True)
 TOY = {"tokenizer": f"{HERE}/toy/tokenizer.model", "sft_data": f"{HERE}/toy/sft.json",
        "preference_data": f"{HERE}/toy/preference.json", "preference_test": f"{HERE}/toy/preference_test.json",
-       "prompts": f"{HERE}/toy/unlabeled.json", "eval_data": f"{HERE}/toy/test.json", "out": "runs/toy", "micro_batch": 32,
+       "prompts": f"{HERE}/toy/unlabeled.json", "eval_data": f"{HERE}/toy/test.json",
+       "out": "runs/toy", "micro_batch": 32,
        "sft_epochs": 10.0, "sft_batch": 16, "sft_lr": 2e-3, "sft_lora_rank": 0, "max_len": 160, "beta2": 0.95,
        "reward_epochs": 3.0, "reward_batch": 32, "reward_lr": 8e-4, "reward_lora_rank": 0,
        "steps": 80, "rollout_batch": 128, "minibatch": 64, "lr": 2e-3, "warmup_steps": 5, "lora_alpha": 32.0,
@@ -240,12 +253,14 @@ TOY = {"tokenizer": f"{HERE}/toy/tokenizer.model", "sft_data": f"{HERE}/toy/sft.
 SHARED = ("model", "tokenizer", "seed", "dtype", "max_grad_norm")
 PATHS = ("model", "reward", "tokenizer", "sft_data", "preference_data", "preference_test", "prompts", "eval_data")
 READ_BY = {      # the settings that decide what a stage's result is; a run folder made with others is not continued
-    "sft": (*SHARED, "sft_data", "max_len", "beta2", *(f.name for f in fields(Config) if f.name.startswith("sft_") and f.name != "sft_data")),
-    "reward": (*SHARED, "preference_data", "preference_test", "max_len", "beta2", *(f.name for f in fields(Config) if f.name.startswith("reward_"))),
-    "ppo": (*SHARED, "reward", "prompts", "steps", "rollout_batch", "minibatch", "ppo_epochs", "prompt_len", "response_len",
-            "lr", "warmup_steps", "lora_rank", "lora_alpha", "lora_dropout", "gamma", "lam", "clip", "value_clip",
-            "vf_coef", "whiten_rewards", "regularizer", "regularizer_mode", "divergence", "paper_compat", "kl_coef",
-            "kl_target", "kl_horizon", "missing_eos_penalty")}
+    "sft": (*SHARED, "sft_data", "max_len", "beta2",
+            *(f.name for f in fields(Config) if f.name.startswith("sft_") and f.name != "sft_data")),
+    "reward": (*SHARED, "preference_data", "preference_test", "max_len", "beta2",
+               *(f.name for f in fields(Config) if f.name.startswith("reward_"))),
+    "ppo": (*SHARED, "reward", "prompts", "steps", "rollout_batch", "minibatch", "ppo_epochs", "prompt_len",
+            "response_len", "lr", "warmup_steps", "lora_rank", "lora_alpha", "lora_dropout", "gamma", "lam", "clip",
+            "value_clip", "vf_coef", "whiten_rewards", "regularizer", "regularizer_mode", "divergence", "paper_compat",
+            "kl_coef", "kl_target", "kl_horizon", "missing_eos_penalty")}
 ALIASES = ("lr", "steps", "lora_rank", "lora_alpha", "lora_dropout")      # --lr with --stage sft means --sft_lr
 
 
@@ -256,8 +271,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """Command line -> Config. ValueError, one line, for what makes no sense."""
-    parser = Parser(description="SFT, reward model and PPO with LoRA. Without --model: the toy world.", allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(description="SFT, reward model and PPO with LoRA. Without --model: the toy world.",
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         toy = f" [toy world: {TOY[f.name]}]" if f.name in TOY else ""
@@ -273,15 +288,17 @@ def parse(argv):
     for name in ALIASES if stage in ("sft", "reward") else ():
         if name in given:
             if f"{stage}_{name}" in given:
-                raise ValueError(f"--{name} and --{stage}_{name} are the same setting of --stage {stage}: give one of them")
+                raise ValueError(f"--{name} and --{stage}_{name} are the same setting of --stage {stage}: "
+                                 "give one of them")
             given[f"{stage}_{name}"] = given.pop(name)
     return Config(**(({} if given.get("model") else TOY) | given))
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
 
-WRITTEN = ("config.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "checkpoint.pt", "finished.json", "eval.json",
-           "policy", "tokenizer.model", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "reward_head.safetensors")
+WRITTEN = ("config.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "checkpoint.pt", "finished.json",
+           "eval.json", "policy", "tokenizer.model", "model.safetensors", "adapter_config.json",
+           "adapter_model.safetensors", "reward_head.safetensors")
 
 
 class Run:
@@ -290,7 +307,8 @@ class Run:
     def __init__(self, cfg, stage):
         self.folder, self.stage, self.cfg = cfg.folder(stage), stage, cfg
         settings = asdict(cfg) | {"model": cfg.input_model(stage), "reward": cfg.reward_path()}
-        for name in PATHS:      # relative to the folder: a run can be continued from anywhere, and moved with its inputs
+        # relative to the folder: a run can be continued from anywhere, and moved with its inputs
+        for name in PATHS:
             settings[name] = settings[name] and os.path.relpath(settings[name], self.folder)
         self.settings = {"stage": stage} | {k: settings[k] for k in READ_BY[stage]}
 
@@ -312,17 +330,20 @@ class Run:
         path = self.folder / "config.json"
         above = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise ValueError(f"cannot write to {self.folder}: {above} is {'not writable' if above.is_dir() else 'a file'}")
+            raise ValueError(f"cannot write to {self.folder}: "
+                             f"{above} is {'not writable' if above.is_dir() else 'a file'}")
         if not path.is_file():
             return False
         about = read_json(path)
         before = about.get("run") if isinstance(about, dict) else None
         if before is None or before.get("stage") != self.stage:
-            raise ValueError(f"{self.folder} holds something that is not a run of stage {self.stage}: choose another --out")
+            raise ValueError(f"{self.folder} holds something that is not a run of stage {self.stage}: "
+                             "choose another --out")
         other = [k for k in self.settings if before.get(k) != self.settings[k]]
         if other:
             what = ", ".join(f"{k} {before.get(k)!r} (now {self.settings[k]!r})" for k in other)
-            raise ValueError(f"{self.folder} was made with {what}: give the same, another --out, or --redo {self.stage}")
+            raise ValueError(f"{self.folder} was made with {what}: "
+                             f"give the same, another --out, or --redo {self.stage}")
         return self.finished
 
     def open(self):
@@ -332,10 +353,12 @@ class Run:
             try:
                 checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             except Exception as e:      # (torch.load names a damaged file in many ways)
-                raise ValueError(f"{self.folder}/checkpoint.pt cannot be read ({str(e).splitlines()[0]}): --redo {self.stage}") from None
+                raise ValueError(f"{self.folder}/checkpoint.pt cannot be read ({str(e).splitlines()[0]}): "
+                                 f"--redo {self.stage}") from None
         steps = gather(checkpoint and checkpoint["step"])
         if len(set(steps)) > 1:
-            raise ValueError(f"the processes see different checkpoints in {self.folder} (steps {steps}): --out must be a shared folder")
+            raise ValueError(f"the processes see different checkpoints in {self.folder} (steps {steps}): "
+                             "--out must be a shared folder")
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {"run": self.settings})
@@ -352,7 +375,8 @@ class Run:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def save_checkpoint(self, step, parameters, optimizer, **extra):
-        """All that the next step needs, under a temporary name and then renamed: a kill leaves the old or the new one."""
+        """All that the next step needs, under a temporary name and then renamed:
+        a kill leaves the old or the new one."""
         if is_main():
             state = {"step": step, "parameters": [p.detach().cpu() for p in parameters],
                      "optimizer": optimizer.state_dict()} | extra
@@ -368,7 +392,8 @@ class Run:
         dist.barrier()
 
     def set_aside(self):
-        """--redo: move what this stage has written to a subfolder `previous`, which goes when the stage is finished again."""
+        """--redo: move what this stage has written to a subfolder `previous`,
+        which goes when the stage is finished again."""
         previous = self.folder / "previous"
         if self.folder.is_dir() and any((self.folder / name).exists() for name in WRITTEN):
             shutil.rmtree(previous, ignore_errors=True)
@@ -398,7 +423,8 @@ def cut_lines(path, step):
 def restore(checkpoint, parameters, optimizer):
     """Put a checkpoint's parameters and optimiser state in place; returns the step it was taken after."""
     if len(checkpoint["parameters"]) != len(parameters):
-        raise ValueError("the checkpoint holds another number of parameters than this model trains: choose another --out")
+        raise ValueError("the checkpoint holds another number of parameters than this model trains: "
+                         "choose another --out")
     for p, saved in zip(parameters, checkpoint["parameters"]):
         p.copy_(saved)
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -430,8 +456,8 @@ def start_processes():
     local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}, so start at most "
-                             "that many processes (--nproc_per_node)")
+            raise ValueError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}, "
+                             "so start at most that many processes (--nproc_per_node)")
         torch.cuda.set_device(local)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "WORLD_SIZE" in os.environ:
@@ -540,7 +566,8 @@ def check_same_parameters(parameters):
 
 
 def wrap(module, device):
-    return DistributedDataParallel(module, device_ids=[device] if device != "cpu" else None, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, device_ids=[device] if device != "cpu" else None,
+                                   gradient_as_bucket_view=True)
 
 
 def trainable(module):
@@ -552,7 +579,8 @@ def to(device, tensors):
 
 
 def clock(seconds):
-    return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02}m" if seconds >= 3600 else f"{int(seconds) // 60}m{int(seconds) % 60:02}s"
+    return (f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02}m" if seconds >= 3600
+            else f"{int(seconds) // 60}m{int(seconds) % 60:02}s")
 
 
 def count(module):
@@ -569,8 +597,8 @@ def supervised_steps(cfg, stage, n):
 def supervised(run, module, items, length, weight, loss_of, stopper):
     """The loop of the sft and reward stages: AdamW, cosine schedule, true accumulation. -> (steps, seconds).
 
-    loss_of(items of a micro-batch) -> mean loss over their weights; length(item) in tokens; weight(item): how many terms
-    of the loss it brings (response tokens, or one pair).
+    loss_of(items of a micro-batch) -> mean loss over their weights; length(item) in tokens; weight(item): how many
+    terms of the loss it brings (response tokens, or one pair).
     """
     cfg, parameters = run.cfg, trainable(module)
     get = lambda name: getattr(cfg, f"{run.stage}_{name}")
@@ -604,7 +632,8 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
 
 
 def accumulate(cfg, step, module, mine, n_global, weight, loss_of):
-    """Gradients of one global batch, of which this process has the items `mine`. -> the loss, a mean over n_global terms."""
+    """Gradients of one global batch, of which this process has the items `mine`.
+    -> the loss, a mean over n_global terms."""
     total, micro_batches = 0.0, chunks(mine, cfg.micro_batch)
     for i, micro_batch in enumerate(micro_batches):
         seed_dropout(cfg.seed, step, 0, i)
@@ -633,7 +662,8 @@ def sft(run, inputs, device, stopper):
     full = cfg.sft_lora_rank == 0
     torch.manual_seed(cfg.seed)
     with mistakes_in_one_line():
-        model = load_trunk(cfg.model, device, torch.float32 if full else dtype) if cfg.model else Llama(TOY_MODEL).to(device)
+        model = (load_trunk(cfg.model, device, torch.float32 if full else dtype) if cfg.model
+                 else Llama(TOY_MODEL).to(device))
     if not full:
         add_lora(model, "sft", cfg.sft_lora_rank, cfg.sft_lora_alpha, cfg.sft_lora_dropout)
     model.checkpoint_activations = cfg.checkpoint_activations
@@ -669,7 +699,8 @@ def reward(run, inputs, device, stopper):
         add_lora(trunk, "reward", cfg.reward_lora_rank, cfg.reward_lora_alpha, cfg.reward_lora_dropout)
     trunk.checkpoint_activations = cfg.checkpoint_activations
     model = RewardModel(trunk, None if full else "reward", autocast_dtype=dtype if full else None)
-    say(f"reward: {len(inputs.pairs)} pairs from {cfg.preference_data}, {len(inputs.held_out)} held out; {count(model)}")
+    say(f"reward: {len(inputs.pairs)} pairs from {cfg.preference_data}, "
+        f"{len(inputs.held_out)} held out; {count(model)}")
     ddp = wrap(model, device)
 
     def loss_of(pairs):
@@ -682,7 +713,8 @@ def reward(run, inputs, device, stopper):
                                 lambda p: 1, loss_of, stopper)
     mine = inputs.held_out[rank()::world_size()]
     scored = sum(gather(score_pairs(model, mine, inputs.tokenizer.eos_id, cfg.micro_batch)), [])
-    with torch.no_grad():      # only differences of scores are learned: centre them, and PPO's critic starts from a fair 0
+    # only differences of scores are learned: centre them, and PPO's critic starts from a fair 0
+    with torch.no_grad():
         model.head.bias -= sum(s["chosen"] + s["rejected"] for s in scored) / (2 * len(scored))
     accuracy = pair_accuracy(scored)
     if is_main():
@@ -720,14 +752,16 @@ def with_advantages(cfg, rollout, kl_coef):
     rewards = shape_rewards(scores, penalty, mask, kl_coef)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    if "whiten_shift" in cfg.compat:      # departure 3: whatever the answer, each of its tokens is paid (or charged) the mean
+    # departure 3: whatever the answer, each of its tokens is paid (or charged) the mean
+    if "whiten_shift" in cfg.compat:
         rewards = torch.where(mask, whiten(rewards, mask) + masked_mean(rewards, mask), 0.0)
     advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam)
     return replace(rollout, advantages=whiten(advantages, mask), returns=returns), penalty
 
 
 def ppo_loss(cfg, ddp, rows, kl_coef):
-    """Clipped policy loss + vf_coef * clipped value loss (+ kl_coef * exact divergence, in loss mode) of a micro-batch."""
+    """Clipped policy loss + vf_coef * clipped value loss (+ kl_coef * exact divergence, in loss mode)
+    of a micro-batch."""
     out = ddp(rows.tokens, rows.prompt_lengths, rows.response_lengths, divergence=cfg.loss_divergence)
     mask = rows.response_mask
     loss, stats = policy_loss(out.logprobs, rows.logprobs, rows.advantages, mask, cfg.clip)
@@ -781,7 +815,8 @@ def average_statistics(table, norms):
     """Token-weighted means over all micro-batches of all processes; ratio_max is a maximum, and once more for the first
     optimiser step, before which nothing has moved."""
     tokens = sum(row["tokens"] for row in table)
-    means = {k: sum(row[k] * row["tokens"] for row in table) / tokens for k in table[0] if k not in ("optimizer_step", "tokens")}
+    means = {k: sum(row[k] * row["tokens"] for row in table) / tokens
+             for k in table[0] if k not in ("optimizer_step", "tokens")}
     first = [row for row in table if row["optimizer_step"] == 0]
     return means | {"ratio_max": max(row["ratio_max"] for row in table),
                     "first_ratio_max": max(row["ratio_max"] for row in first),
@@ -795,37 +830,45 @@ def rollout_statistics(rollout, penalty):
     per_token = lambda x: masked_mean(x, mask).item()
     return {"score": rollout.scores.mean().item(), "score_std": rollout.scores.std(correction=0).item(),
             "kl_per_token": per_token(rollout.kl), "kl_per_sequence": rollout.kl.sum(-1).mean().item(),
-            "k1_per_token": per_token(log_ratio), "k3_per_token": per_token(sampled("bregman", rollout.logprobs, rollout.ref_logprobs)),
+            "k1_per_token": per_token(log_ratio),
+            "k3_per_token": per_token(sampled("bregman", rollout.logprobs, rollout.ref_logprobs)),
             "penalty_per_token": per_token(penalty), "entropy": per_token(rollout.entropy),
             "explained_variance": explained_variance(rollout.values, rollout.returns, mask).item(),
-            "length": rollout.response_lengths.float().mean().item(), "eos_rate": rollout.finished.float().mean().item()}
+            "length": rollout.response_lengths.float().mean().item(),
+            "eos_rate": rollout.finished.float().mean().item()}
 
 
 def check_first_step(rollout, row, dtype, dropout=0.0):
     """Before anything has moved, policy and reference are one model. RuntimeError says which assumption is broken.
 
     With dropout in the update the first ratio is not 1, and is only reported. Micro-batches of other shapes round
-    differently: float32 logits of 20 to 30, as trained models have, are good to about 1e-5; a broken assumption is far off.
+    differently: float32 logits of 20 to 30, as trained models have, are good to about 1e-5;
+    a broken assumption is far off.
     """
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing", rollout.kl.abs().max().item(), 0.0),
-              ("the first ratio is 1: the update's forward is the rollout's", 0 if dropout else row["first_ratio_max"], tolerance),
+    claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing",
+               rollout.kl.abs().max().item(), 0.0),
+              ("the first ratio is 1: the update's forward is the rollout's",
+               0 if dropout else row["first_ratio_max"], tolerance),
               ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the full forward",
                row["sampling_gap"], 1e-3 if dtype == torch.float32 else 0.5)]
     for claim, got, bound in claims:
         if not got <= bound:
-            raise RuntimeError(f"step 1 broke an assumption: {claim}; got a difference of {got:.2e}, at most {bound:.0e} is rounding")
+            raise RuntimeError(f"step 1 broke an assumption: {claim}; "
+                               f"got a difference of {got:.2e}, at most {bound:.0e} is rounding")
 
 
 def step_line(row, steps, eta):
     return (f"step {row['step']:4}/{steps} | score {row['score']:+.2f} | kl {row['kl_per_token']:.3f}/tok "
             f"{row['kl_per_sequence']:.1f}/seq | ent {row['entropy']:.2f} | clip {row['clip_frac']:.2f} | "
             f"vloss {row['value_loss']:.2f} | ev {row['explained_variance']:+.2f} | len {row['length']:.0f} | "
-            f"eos {row['eos_rate']:.2f} | gen {row['generate_seconds']:.1f}s upd {row['update_seconds']:.1f}s | eta {clock(eta)}")
+            f"eos {row['eos_rate']:.2f} | "
+            f"gen {row['generate_seconds']:.1f}s upd {row['update_seconds']:.1f}s | eta {clock(eta)}")
 
 
 def ppo(run, inputs, device, stopper):
-    """PPO with LoRA: roll out, score, shape rewards, estimate advantages, update. Writes the adapters (or the models)."""
+    """PPO with LoRA: roll out, score, shape rewards, estimate advantages, update.
+    Writes the adapters (or the models)."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed)
     with mistakes_in_one_line():
@@ -883,7 +926,8 @@ def log_evaluation(run, step, summary):
     """A line of evals.jsonl, and its gist on the screen."""
     run.append("evals.jsonl", {"step": step} | summary)
     won = summary["after"]["win_before"]
-    say(f"{'':10} evaluation: won {won['value']:.1%} +-{won['se']:.1%} against SFT, score {summary['after']['score']['value']:+.2f}")
+    say(f"{'':10} evaluation: won {won['value']:.1%} +-{won['se']:.1%} against SFT, "
+        f"score {summary['after']['score']['value']:+.2f}")
 
 
 def log_samples(run, step, rollout, tokenizer, n=4):
@@ -892,13 +936,16 @@ def log_samples(run, step, rollout, tokenizer, n=4):
     for i in range(min(n, len(ends))):
         ids, begin = rollout.tokens[i, :ends[i]].tolist(), int(rollout.prompt_lengths[i])
         run.append("samples.jsonl", {"step": step, "prompt": tokenizer.decode(ids[:begin]),
-                                     "response": tokenizer.decode_response(ids[begin:]), "score": rollout.scores[i].item()})
+                                     "response": tokenizer.decode_response(ids[begin:]),
+                                     "score": rollout.scores[i].item()})
 
 
 def evaluation(cfg, inputs, net, reward_model, earlier=None):
-    """Answers to the evaluation instructions before and after PPO, each process a share (eval.py). -> records, in order.
+    """Answers to the evaluation instructions before and after PPO, each process a share (eval.py).
+    -> records, in order.
 
-    earlier: what an evaluation at an earlier step returned; what the SFT model and the reference say has not changed."""
+    earlier: what an evaluation at an earlier step returned;
+    what the SFT model and the reference say has not changed."""
     mine = range(rank(), len(inputs.eval_rows), world_size())
     records = evaluate(net, reward_model, inputs.tokenizer, [inputs.eval_rows[i] for i in mine], mine, cfg.response_len,
                        cfg.eval_temperature, cfg.seed, cfg.micro_batch, earlier and [earlier[i] for i in mine])
@@ -912,7 +959,8 @@ def final_evaluation(run, inputs, device):
     start = time.time()
     records = evaluation(run.cfg, inputs, net, reward_model)
     if is_main():
-        write_json(run.folder / "eval.json", run.evaluation_settings | {"seconds": round(time.time() - start, 1), "records": records})
+        write_json(run.folder / "eval.json",
+                   run.evaluation_settings | {"seconds": round(time.time() - start, 1), "records": records})
     dist.barrier()
 
 
@@ -955,7 +1003,8 @@ def load_inputs(cfg, stages):
     if "sft" in stages:
         found["examples"], cut = load_sft(need("sft_data"), tokenizer, cfg.max_len)
         note(cut, f"demonstrations are longer than --max_len {cfg.max_len} and lose their tail")
-        note(sum(len(e.response) == 1 for e in found["examples"]), "demonstrations have an empty output: they teach to say nothing")
+        note(sum(len(e.response) == 1 for e in found["examples"]),
+             "demonstrations have an empty output: they teach to say nothing")
     if "reward" in stages:
         pairs, cut = load_preferences(need("preference_data"), tokenizer, cfg.max_len)
         note(cut, f"pairs have an answer beyond --max_len {cfg.max_len} that loses its tail")
@@ -1011,9 +1060,10 @@ def check_processes(cfg, stages):
     for name in (n for s in stages for n in names.get(s, ())):
         if getattr(cfg, name) % world_size():
             if name == "step_batch":
-                raise ValueError(f"an eighth of --minibatch {cfg.minibatch} does not split over {world_size()} processes: try "
-                                 f"{-(-cfg.step_batch // world_size()) * world_size() * 8}")
-            unit = math.lcm(world_size(), cfg.minibatch) if name == "rollout_batch" and cfg.minibatch % world_size() == 0 else world_size()
+                raise ValueError(f"an eighth of --minibatch {cfg.minibatch} does not split over {world_size()} "
+                                 f"processes: try {-(-cfg.step_batch // world_size()) * world_size() * 8}")
+            unit = (math.lcm(world_size(), cfg.minibatch)
+                    if name == "rollout_batch" and cfg.minibatch % world_size() == 0 else world_size())
             raise ValueError(f"--{name} {getattr(cfg, name)} does not split over {world_size()} processes: try "
                              f"{-(-getattr(cfg, name) // unit) * unit}")
 
@@ -1023,43 +1073,51 @@ def plan(cfg):
     runs = {s: Run(cfg, s) for s in (STAGES if cfg.stage == "all" else (cfg.stage,))}
     order = [*runs] + ["eval"] * ("ppo" in runs and bool(cfg.eval_data))
     if cfg.redo and cfg.redo not in order:
-        raise ValueError(f"--redo {cfg.redo} does not go with --stage {cfg.stage}" + (" without --eval_data" if cfg.redo == "eval" else ""))
+        raise ValueError(f"--redo {cfg.redo} does not go with --stage {cfg.stage}"
+                         + (" without --eval_data" if cfg.redo == "eval" else ""))
     redo = order[order.index(cfg.redo):] if cfg.redo else []      # the named stage, and those that build on it
     for s in runs:
         runs[s].check_redo() if s in redo else None
     todo = [s for s in runs if s in redo or not runs[s].check()]
     for s in runs:
         if todo and s not in todo and list(runs).index(s) > list(runs).index(todo[0]):
-            raise ValueError(f"{runs[s].folder} was made from an earlier {todo[0]} stage, which has to be run again: --redo {todo[0]}")
+            raise ValueError(f"{runs[s].folder} was made from an earlier {todo[0]} stage, which has to be run again: "
+                             f"--redo {todo[0]}")
     evaluating = "eval" in order and ("eval" in redo or "ppo" in todo or not runs["ppo"].evaluated())
     return runs, todo, redo, evaluating
 
 
 def dry_run(cfg, inputs, stages):
-    """Sizes, memory of one process by item, and steps of each stage, from the configs alone (reward.training_memory)."""
+    """Sizes, memory of one process by item, and steps of each stage,
+    from the configs alone (reward.training_memory)."""
     if not stages:
         return say(f"dry run: all stages are finished in {cfg.out}, there is nothing to train")
     config = read_model_config(base_folder(cfg.model)) if cfg.model else TOY_MODEL
     dtype, total = cfg.trunk_dtype("cuda" if torch.cuda.is_available() else "cpu"), count_parameters(config)[0]
-    say(f"dry run: {world_size()} process{'es' * (world_size() > 1)}, frozen weights in {dtype}, {total:,} parameters in the model\n")
+    say(f"dry run: {world_size()} process{'es' * (world_size() > 1)}, frozen weights in {dtype}, "
+        f"{total:,} parameters in the model\n")
     rows = {"sft": inputs.examples, "reward": inputs.pairs, "ppo": inputs.prompts}
     for stage in stages:
         get = lambda name: getattr(cfg, name if stage == "ppo" else f"{stage}_{name}")
         steps = cfg.steps if stage == "ppo" else supervised_steps(cfg, stage, len(rows[stage]))
         rank, batch = get("lora_rank"), cfg.rollout_batch if stage == "ppo" else get("batch")
-        say(f"{stage}: {steps} steps of {batch} from {len(rows[stage])} rows ({steps * batch / len(rows[stage]):.1f} passes)"
-            + (f", {cfg.ppo_epochs * cfg.rollout_batch // cfg.minibatch} optimiser steps each" if stage == "ppo" else ""))
+        say(f"{stage}: {steps} steps of {batch} from {len(rows[stage])} rows "
+            f"({steps * batch / len(rows[stage]):.1f} passes)"
+            + (f", {cfg.ppo_epochs * cfg.rollout_batch // cfg.minibatch} optimiser steps each"
+               if stage == "ppo" else ""))
         for layout, trained, memory in layouts(cfg, stage, config, dtype, rank):
             say(f"  {layout}: {trained:,} parameters are trained ({100 * trained / total:.3f} % of the model's)")
             for item, n in memory.items():
                 say(f"    {item:44}{n / 1e9:10.3f} GB")
             say(f"    {'at most at one time':44}{peak(memory) / 1e9:10.3f} GB\n")
-    say("Micro-batches are taken to be full of rows of the greatest length, the reward model to be as large as the model; what a\n"
+    say("Micro-batches are taken to be full of rows of the greatest length, "
+        "the reward model to be as large as the model; what a\n"
         "GPU needs for itself (about 0.5 GB) comes on top.")
 
 
 def layouts(cfg, stage, config, dtype, rank):
-    """The ways to hold a stage's models: (name, trained parameters, memory by item); for PPO both, whatever --reward is."""
+    """The ways to hold a stage's models: (name, trained parameters, memory by item);
+    for PPO both, whatever --reward is."""
     adapter = count_parameters(config, rank=rank)[1]
     length = cfg.prompt_len + cfg.response_len if stage == "ppo" else cfg.max_len
     tokens = cfg.micro_batch * length * (2 if stage == "reward" else 1)
@@ -1069,7 +1127,8 @@ def layouts(cfg, stage, config, dtype, rank):
     if stage != "ppo":
         lm_head = stage == "sft" or bool(rank)
         trained = adapter if rank else count_parameters(config, lm_head)[0]
-        yield "LoRA" if rank else "all weights", trained, memory([(lm_head, dtype)] if rank else [], [] if rank else [lm_head], int(bool(rank)))
+        yield "LoRA" if rank else "all weights", trained, memory([(lm_head, dtype)] if rank else [],
+                                                                 [] if rank else [lm_head], int(bool(rank)))
         return
     rows = min(cfg.generate_batch or cfg.rollout_batch, cfg.rollout_batch // world_size())
     cache = {"KV cache while sampling": kv_cache_bytes(config, dtype, rows, length),

@@ -3,20 +3,24 @@
     python tests/benchmark.py                          sizes S, M and 135M, one process and two; on a GPU also LLaMA-7B
     python tests/benchmark.py --sizes S --jobs generate update --repetitions 5
     python tests/benchmark.py --peer_python VENV/bin/python       where the peers are installed, if not here:
-                                                       pip install torch transformers peft trl==1.12.0 datasets pandas rich
+                                                       pip install torch transformers peft
+                                                       trl==1.12.0 datasets pandas rich
 
-Cores are shared and noisy, so every figure is a ratio. Each program runs in a process of its own and waits; the driver lets
-them take turns (ours, theirs, ours, ...), and each brackets its repetition with a float32 matrix product (on a GPU bfloat16):
-`ceiling` is the share of that product's speed that the *useful* arithmetic reached. Useful FLOPs (two per multiply-add; norms,
-softmax and rotations not counted), for a model with N weights in its layers and head, of which H are the head's:
+Cores are shared and noisy, so every figure is a ratio. Each program runs in a process of its own and waits; the driver
+lets them take turns (ours, theirs, ours, ...), and each brackets its repetition with a float32 matrix product (on a GPU
+bfloat16): `ceiling` is the share of that product's speed that the *useful* arithmetic reached. Useful FLOPs (two per
+multiply-add; norms, softmax and rotations not counted), for a model with N weights in its layers and head, of which H
+are the head's:
 
-    forward      2 (N - H) per token + 2 H per token whose logits are needed + attention: 4 D layers per key that a query sees
-    LoRA update  forward + the same again for the gradients of activations (frozen weights need none of their own); attention 3
-                 times; adapters 6 per weight and token
+    forward      2 (N - H) per token + 2 H per token whose logits are needed + attention: 4 D layers per key that a
+                 query sees
+    LoRA update  forward + the same again for the gradients of activations (frozen weights need none of their own);
+                 attention 3 times; adapters 6 per weight and token
     full update  three times forward
 
 `memory` is the peak resident size of the process (of all its processes), or what torch.cuda.max_memory_allocated says.
-Decoding on a GPU is bound by reading: `bandwidth` is the weights and the keys and values read per step, over what a copy reaches.
+Decoding on a GPU is bound by reading: `bandwidth` is the weights and the keys and values read per step,
+over what a copy reaches.
 """
 import argparse
 import json
@@ -34,7 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SIZES = {      # dim, layers, heads, key/value heads, ffn, vocabulary, tied
-    "S": (256, 6, 8, 8, 688, 4096, False), "M": (512, 8, 8, 8, 1376, 32000, False), "135M": (576, 30, 9, 3, 1536, 49152, True),
+    "S": (256, 6, 8, 8, 688, 4096, False), "M": (512, 8, 8, 8, 1376, 32000, False),
+    "135M": (576, 30, 9, 3, 1536, 49152, True),
     "7B": (4096, 32, 32, 32, 11008, 32000, False)}
 SHAPES = {"generate": dict(batch=32, prompt=64, new=128), "uneven": dict(batch=32, prompt=64, new=128, total=128),
           "update": dict(batch=16, length=192), "score": dict(batch=32, length=192),
@@ -52,7 +57,8 @@ def weights(size):
     """(weights of the layers' matrices, weights of the head, adapter weights of r 8 on wq wk wv wo)."""
     dim, layers, heads, kv, ffn, vocab, _ = SIZES[size]
     narrow = dim * kv // heads
-    return layers * (2 * dim * dim + 2 * dim * narrow + 3 * dim * ffn), dim * vocab, layers * 8 * (2 * 2 * dim + 2 * (dim + narrow))
+    return (layers * (2 * dim * dim + 2 * dim * narrow + 3 * dim * ffn), dim * vocab,
+            layers * 8 * (2 * 2 * dim + 2 * (dim + narrow)))
 
 
 def attention_flops(size, tokens):
@@ -75,8 +81,9 @@ def update_flops(size, tokens, logits, full=False):
 
 
 def useful_flops(job, size, s, lengths):
-    """All of a job. Generation: the prompt once, then each new token once; the PPO step: sampling, three scoring passes, and
-    `epochs` updates of policy and critic - with LoRA critics, whoever runs it: what a peer does beyond that is its own loss."""
+    """All of a job. Generation: the prompt once, then each new token once; the PPO step: sampling, three scoring
+    passes, and `epochs` updates of policy and critic - with LoRA critics, whoever runs it: what a peer does beyond that
+    is its own loss."""
     if job in ("generate", "uneven"):
         return sum(forward_flops(size, s["prompt"] + n - 1, n) for n in lengths)
     if job == "update":
@@ -85,13 +92,15 @@ def useful_flops(job, size, s, lengths):
         return s["batch"] * forward_flops(size, s["length"], 0)
     tokens, new = s["prompt"] + s["new"], s["new"]
     sample = forward_flops(size, tokens - 1, new)
-    look = 2 * forward_flops(size, tokens, new) + 2 * forward_flops(size, tokens, 0)      # policy, reference; reward, critic
+    # policy, reference; reward, critic
+    look = 2 * forward_flops(size, tokens, new) + 2 * forward_flops(size, tokens, 0)
     learn = update_flops(size, tokens, new) + update_flops(size, tokens, 0)
     return s["batch"] * (sample + look + s["epochs"] * learn)
 
 
 def response_lengths(job, s, processes):
-    """New tokens of each row of one process: all the same, or geometric with a third of the maximum as mean, cut there."""
+    """New tokens of each row of one process: all the same, or geometric with a third of the maximum as mean,
+    cut there."""
     rows = s.get("total", s["batch"]) // processes
     if job != "uneven":
         return [s.get("new", 0)] * rows
@@ -180,8 +189,9 @@ def our_ppo(size, s, args, rank):
     net = ActorCritic(policy, "policy", trunk, "value", ban_mask(SIZES[size][5], [0, 1], device))
     policy.checkpoint_activations = trunk.checkpoint_activations = args.checkpointing
     cfg = train.Config(stage="ppo", model="random", rollout_batch=s["batch"], minibatch=s["batch"] // s["minibatches"],
-                       micro_batch=s.get("micro", 16), ppo_epochs=s["epochs"], prompt_len=s["prompt"], response_len=s["new"],
-                       generate_batch=s.get("generate", 0), dtype="float32" if args.dtype == "float32" else "bfloat16")
+                       micro_batch=s.get("micro", 16), ppo_epochs=s["epochs"], prompt_len=s["prompt"],
+                       response_len=s["new"], generate_batch=s.get("generate", 0),
+                       dtype="float32" if args.dtype == "float32" else "bfloat16")
     optimizer = torch.optim.AdamW(train.trainable(net), lr=1e-5, eps=1e-5, weight_decay=0.0, fused=True)
     inputs = SimpleNamespace(prompts=random_prompts(size, 2 * s["batch"], s["prompt"], 0), banned_ids=[0, 1],
                              tokenizer=SimpleNamespace(eos_id=-1))
@@ -199,14 +209,14 @@ def our_ppo(size, s, args, rank):
 def peer_config(size, **more):
     from transformers import LlamaConfig
     dim, layers, heads, kv, ffn, vocab, tied = SIZES[size]
-    return LlamaConfig(vocab_size=vocab, hidden_size=dim, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-                       num_key_value_heads=kv, max_position_embeddings=2048, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
-                       pad_token_id=0, **more)
+    return LlamaConfig(vocab_size=vocab, hidden_size=dim, intermediate_size=ffn, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=2048,
+                       tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more)
 
 
 def peer_generate(size, s, args, rank):
-    """transformers' generate, sampling, no EOS. It has no places to refill and ends no row alone: uneven rows are decoded in
-    batches of the same size, each to its longest row."""
+    """transformers' generate, sampling, no EOS. It has no places to refill and ends no row alone: uneven rows are
+    decoded in batches of the same size, each to its longest row."""
     from transformers import GenerationConfig, LlamaForCausalLM
     torch.manual_seed(0)
     model = LlamaForCausalLM(peer_config(size)).to(args.torch_dtype).eval()
@@ -216,8 +226,8 @@ def peer_generate(size, s, args, rank):
     def step():
         for i in range(0, len(rows), size_of_batch):
             part, new = ids[i:i + size_of_batch], max(rows[i:i + size_of_batch])
-            config = GenerationConfig(bos_token_id=1, eos_token_id=None, pad_token_id=0, max_new_tokens=new, do_sample=True,
-                                      temperature=1.0, top_k=0, top_p=1.0, use_cache=True)
+            config = GenerationConfig(bos_token_id=1, eos_token_id=None, pad_token_id=0, max_new_tokens=new,
+                                      do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True)
             with torch.inference_mode():
                 out = model.generate(input_ids=part, attention_mask=torch.ones_like(part), generation_config=config)
             assert out.shape[1] == s["prompt"] + new
@@ -243,8 +253,8 @@ def peer_update(size, s, args, rank):
 
 
 def peer_ppo(size, s, args, rank):
-    """One step of TRL's PPOTrainer with peft adapters on the policy; it trains all weights of its critic. The trainer runs by
-    itself: a callback hands every finished step to the driver."""
+    """One step of TRL's PPOTrainer with peft adapters on the policy; it trains all weights of its critic. The trainer
+    runs by itself: a callback hands every finished step to the driver."""
     import tempfile
     from datasets import Dataset
     from peft import LoraConfig
@@ -255,26 +265,30 @@ def peer_ppo(size, s, args, rank):
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, SIZES[size][5])}
     words = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                                        padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                        unk_token="<unk>", padding_side="left")
     judge = lambda: LlamaForSequenceClassification(peer_config(size, num_labels=1))
     reward = judge().eval().requires_grad_(False)
     local = s["batch"] // args.processes
-    config = PPOConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to="none", save_strategy="no", eval_strategy="no",
-                       num_sample_generations=0, disable_tqdm=True, bf16=args.dtype == "bfloat16", learning_rate=1e-5, seed=0,
-                       per_device_train_batch_size=local, gradient_accumulation_steps=1, num_mini_batches=s["minibatches"],
-                       num_ppo_epochs=s["epochs"], total_episodes=s["batch"] * 1000, local_rollout_forward_batch_size=local,
-                       response_length=s["new"], temperature=1.0, kl_coef=0.05, whiten_rewards=False)
+    config = PPOConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to="none", save_strategy="no",
+                       eval_strategy="no", num_sample_generations=0, disable_tqdm=True, bf16=args.dtype == "bfloat16",
+                       learning_rate=1e-5, seed=0, per_device_train_batch_size=local, gradient_accumulation_steps=1,
+                       num_mini_batches=s["minibatches"], num_ppo_epochs=s["epochs"], total_episodes=s["batch"] * 1000,
+                       local_rollout_forward_batch_size=local, response_length=s["new"], temperature=1.0, kl_coef=0.05,
+                       whiten_rewards=False)
     rows = random_prompts(size, 2 * s["batch"], s["prompt"], 0)
 
     class Turns(TrainerCallback):
         def on_step_end(self, *_, **__):
             args.next_turn()
 
-    trainer = PPOTrainer(args=config, processing_class=tokenizer, model=LlamaForCausalLM(peer_config(size)), ref_model=None,
-                         reward_model=reward, value_model=judge(), train_dataset=Dataset.from_dict({"input_ids": rows}),
-                         peft_config=LoraConfig(r=8, lora_alpha=64, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-                                                target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), callbacks=[Turns()])
+    trainer = PPOTrainer(args=config, processing_class=tokenizer, model=LlamaForCausalLM(peer_config(size)),
+                         ref_model=None, reward_model=reward, value_model=judge(),
+                         train_dataset=Dataset.from_dict({"input_ids": rows}),
+                         peft_config=LoraConfig(r=8, lora_alpha=64, lora_dropout=0.0, bias="none",
+                                                task_type="CAUSAL_LM",
+                                                target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+                         callbacks=[Turns()])
     return trainer.train
 
 
@@ -389,14 +403,16 @@ class Program:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        command = [python, str(Path(__file__).resolve()), "--worker", f"--side={side}", f"--job={job}", f"--size={size}",
-                   f"--processes={processes}", f"--dtype={args.dtype}", f"--threads={args.threads}"]
+        command = [python, str(Path(__file__).resolve()), "--worker", f"--side={side}", f"--job={job}",
+                   f"--size={size}", f"--processes={processes}", f"--dtype={args.dtype}", f"--threads={args.threads}"]
         command += ["--checkpointing"] * args.checkpointing + ["--one_trunk"] * args.one_trunk
-        self.log = open(Path(args.logs) / f"{side}-{job}-{size}-{processes}.log", "w") if args.logs else subprocess.DEVNULL
+        self.log = (open(Path(args.logs) / f"{side}-{job}-{size}-{processes}.log", "w") if args.logs
+                    else subprocess.DEVNULL)
         self.processes = [subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-            env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(1 if processes > 1 else args.threads)})
+            env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes),
+                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                              "OMP_NUM_THREADS": str(1 if processes > 1 else args.threads)})
             for r in range(processes)]
 
     def go(self):
@@ -417,7 +433,8 @@ class Program:
 
 
 def compare(job, size, processes, args):
-    """Take turns. -> figures of ours and of the peer's repetitions (none if there is no peer here), warm-up left out."""
+    """Take turns. -> figures of ours and of the peer's repetitions (none if there is no peer here),
+    warm-up left out."""
     sides = {"ours": Program("ours", job, size, processes, args)}
     if job in PEERS and args.peers and not CUDA:
         sides["peer"] = Program("peer", job, size, processes, args)
@@ -448,17 +465,21 @@ def report(job, size, processes, args):
     lengths = response_lengths(job, shape, processes) * processes
     flops = useful_flops(job, size, shape, lengths)
     tokens = sum(lengths) if "new" in shape else shape["batch"] * shape["length"]
-    columns = [spread([tokens / o["seconds"] for o in ours], "{:,.0f}"), f"{statistics.median(o['seconds'] for o in ours):.2f}",
-               spread([flops / o["seconds"] / o["speed"] for o in ours]), f"{max(o['peak'] for o in ours) / 2 ** 20:,.0f}"]
+    columns = [spread([tokens / o["seconds"] for o in ours], "{:,.0f}"),
+               f"{statistics.median(o['seconds'] for o in ours):.2f}",
+               spread([flops / o["seconds"] / o["speed"] for o in ours]),
+               f"{max(o['peak'] for o in ours) / 2 ** 20:,.0f}"]
     if theirs:
         pairs = list(zip(ours, theirs))
-        columns += [PEERS[job], f"{statistics.median(t['seconds'] for t in theirs):.2f}", spread([t["seconds"] / o["seconds"] for o, t in pairs]),
+        columns += [PEERS[job], f"{statistics.median(t['seconds'] for t in theirs):.2f}",
+                    spread([t["seconds"] / o["seconds"] for o, t in pairs]),
                     f"{max(t['peak'] for t in theirs) / 2 ** 20:,.0f}"]
     widths = (24, 9, 20, 8, 21, 9, 20, 8)
     print(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths)), flush=True)
     if ours[0].get("parts"):
         parts = {k: statistics.median(o["parts"][k] for o in ours) for k in ours[0]["parts"]}
-        print(f"{'':22}" + ", ".join(f"{k} {v:.2f} s ({v / sum(parts.values()):.0%})" for k, v in parts.items()), flush=True)
+        print(f"{'':22}"
+              + ", ".join(f"{k} {v:.2f} s ({v / sum(parts.values()):.0%})" for k, v in parts.items()), flush=True)
 
 
 def growth(args):
@@ -483,19 +504,25 @@ def main():
     parser.add_argument("--warm_up", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a single process; of two, each has one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if CUDA else "float32")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=CUDA, help="recompute activations")
-    parser.add_argument("--one_trunk", action="store_true", help="of the PPO step: policy, value and reward as adapters on one trunk")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=CUDA,
+                        help="recompute activations")
+    parser.add_argument("--one_trunk", action="store_true",
+                        help="of the PPO step: policy, value and reward as adapters on one trunk")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peer_python", default=sys.executable, help="python of the environment that has the peers")
-    parser.add_argument("--growth", action="store_true", help="time per token and memory against the batch, instead of the table")
+    parser.add_argument("--growth", action="store_true",
+                        help="time per token and memory against the batch, instead of the table")
     parser.add_argument("--logs", help="folder for what the programs print")
     args = parser.parse_args()
     if args.logs:
         Path(args.logs).mkdir(parents=True, exist_ok=True)
     if args.growth:
         return growth(args)
-    print(f"torch {torch.__version__}, {args.dtype}, {torch.cuda.get_device_name() if CUDA else f'{os.cpu_count()} cores'}; median (least-most) of "
-          f"{args.repetitions}; matrix product {matrix_speed() / 1e9:,.0f} GFLOP/s, copy {copy_speed() / 1e9:,.0f} GB/s\n")
+    print(f"torch {torch.__version__}, {args.dtype}, "
+          f"{torch.cuda.get_device_name() if CUDA else f'{os.cpu_count()} cores'}; "
+          "median (least-most) of "
+          f"{args.repetitions}; "
+          f"matrix product {matrix_speed() / 1e9:,.0f} GFLOP/s, copy {copy_speed() / 1e9:,.0f} GB/s\n")
     titles = ("tokens/s", "seconds", "of the ceiling", "MiB", "beside", "seconds", "times as fast", "MiB")
     print(f"{'job, size, processes':22}" + "".join(f"{t:>{w}}" for t, w in zip(titles, (24, 9, 20, 8, 21, 9, 20, 8))))
     for job in args.jobs:

@@ -2,15 +2,18 @@
 
     python toy/study.py                 run what is not there yet: progress, and the time that is left
     python toy/study.py --dry_run       the plan and its commands, nothing is started
-    python eval.py table toy/study      the outcome as a table;   python eval.py figures toy/study --out toy/study   as pictures
+    python eval.py table toy/study      the outcome as a table;
+    python eval.py figures toy/study --out toy/study   as pictures
 
-Everything is done by the commands that a reader would type: one SFT and one reward model per seed (`train.py --stage sft`,
-`--stage reward`), then for each variant a copy of that folder, in which `train.py --stage ppo` runs with the variant's flags.
-A finished run's outcome is one small JSON file under toy/study/: what has one is not run again, here or on another machine;
-what was cut short continues. Seed 0 of everything comes first, so that a study that is stopped early can be used.
+Everything is done by the commands that a reader would type: one SFT and one reward model per seed (`train.py --stage
+sft`, `--stage reward`), then for each variant a copy of that folder, in which `train.py --stage ppo` runs with the
+variant's flags. A finished run's outcome is one small JSON file under toy/study/: what has one is not run again, here
+or on another machine; what was cut short continues. Seed 0 of everything comes first, so that a study that is stopped
+early can be used.
 
-Settings that all share are the toy world's defaults (train.py, TOY) but for the number of steps. LoRA and full fine-tuning
-have learning rates of their own. Sweeps have one seed: their rows say n 1, and their error holds no spread between seeds.
+Settings that all share are the toy world's defaults (train.py, TOY) but for the number of steps. LoRA and full
+fine-tuning have learning rates of their own. Sweeps have one seed: their rows say n 1, and their error holds no spread
+between seeds.
 """
 import argparse
 import json
@@ -63,8 +66,8 @@ OURS = [       # what it did not have: k3, an unbiased JS in the reward, and tru
     Variant("full, none", "--lora_rank 0 --lr 3e-4 --regularizer none", (LORA_FULL,), slower=1.3),
 ]
 SWEEPS = [
-    Variant("exact js in the loss", "--regularizer jensen_shannon --regularizer_mode loss --divergence exact", sweep=True,
-            slower=1.2),
+    Variant("exact js in the loss", "--regularizer jensen_shannon --regularizer_mode loss --divergence exact",
+            sweep=True, slower=1.2),
     Variant("full, kl, lr 1e-3", "--lora_rank 0 --lr 1e-3", sweep=True, slower=1.3),
     *(Variant(f"rank {r}", f"--lora_rank {r}", sweep=True) for r in (1, 2, 32)),              # (rank 8 is "kl")
     *(Variant(f"alpha {a}", f"--lora_alpha {a}", sweep=True) for a in (1, 2, 8)),             # (alpha 32 is "kl")
@@ -109,18 +112,21 @@ class Job:
             return False
         before, now = read_json(self.data(args)).get("flags"), " ".join(self.flags(args)[6:])
         if before != now:
-            raise ValueError(f"{self.data(args)} was made with {before!r} (now {now!r}): give the same, or another --data and --out")
+            raise ValueError(f"{self.data(args)} was made with {before!r} (now {now!r}): "
+                             "give the same, or another --data and --out")
         return True
 
     def seconds(self, args):
         """About how long it takes on two quiet cores."""
         if not self.variant:
             return SECONDS[self.stage]
-        return SECONDS["start"] + args.steps * STEP * self.variant.slower + (args.steps // args.eval_every + 1) * EVALUATION
+        return (SECONDS["start"] + args.steps * STEP * self.variant.slower
+                + (args.steps // args.eval_every + 1) * EVALUATION)
 
 
 def jobs(args):
-    """All trainings in the order in which they are done; of SFT and reward models those that some variant still needs."""
+    """All trainings in the order in which they are done;
+    of SFT and reward models those that some variant still needs."""
     order = []
     for seed in range(args.seeds):
         chosen = [v for v in VARIANTS if (seed == 0 or not v.sweep) and (not args.only or v.name in args.only)]
@@ -131,7 +137,8 @@ def jobs(args):
 
 
 def run(job, args):
-    """Train, as a reader would: a copy of the seed's SFT and reward model, and train.py in it. True if it went to its end."""
+    """Train, as a reader would: a copy of the seed's SFT and reward model, and train.py in it.
+    True if it went to its end."""
     folder, base = job.folder(args), Job(job.seed, "reward").folder(args)
     for stage in ("sft", "reward") if job.variant else ():
         if not (folder / stage).exists():
@@ -140,8 +147,9 @@ def run(job, args):
     folder.mkdir(parents=True, exist_ok=True)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        process = subprocess.Popen([*start, str(ROOT / "train.py"), *job.flags(args)], stdout=log, stderr=subprocess.STDOUT,
-                                   start_new_session=True)      # Ctrl-C is ours: torchrun is told once, and given its time
+        # Ctrl-C is ours: torchrun is told once, and given its time
+        process = subprocess.Popen([*start, str(ROOT / "train.py"), *job.flags(args)],
+                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             return process.wait() == 0
         except KeyboardInterrupt:
@@ -170,7 +178,8 @@ def study(args):
     order = jobs(args)
     todo = [job for job in order if not job.finished(args)]
     left = sum(job.seconds(args) for job in todo)
-    print(f"{len(order)} trainings, {len(order) - len(todo)} of them done; about {clock(left)} on two quiet cores", flush=True)
+    print(f"{len(order)} trainings, {len(order) - len(todo)} of them done; "
+          f"about {clock(left)} on two quiet cores", flush=True)
     if args.dry_run:
         for job in todo:
             copy = f"cp -r {Job(job.seed, 'reward').folder(args)} {job.folder(args)} && " if job.variant else ""
@@ -209,7 +218,8 @@ def main(argv=None):
     parser.add_argument("--eval_data", help="evaluation file (none: the toy world's, toy/test.json)")
     parser.add_argument("--processes", type=int, default=2, help="processes of each training")
     parser.add_argument("--out", default="runs/study", help="run folders")
-    parser.add_argument("--data", default=os.path.relpath(ROOT / "toy" / "study"), help="outcomes, one JSON file per run")
+    parser.add_argument("--data", default=os.path.relpath(ROOT / "toy" / "study"),
+                        help="outcomes, one JSON file per run")
     args = parser.parse_args(argv)
     try:
         return study(args)
