@@ -527,11 +527,11 @@ MARKERS = "osD^vPX*<>ph"
 
 
 def draw(axis, points, i, name=None, band=False):
-    """One variant: markers, a line, and the 95 % intervals as a band or as bars (along KL a curve can turn back)."""
+    """One variant: markers, a line, and +- one standard error as a band or as bars (along KL a curve can turn back)."""
     colour, x, values = COLOURS[i % len(COLOURS)], [p for p, _ in points], [y["value"] for _, y in points]
     axis.plot(x, values, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5,
               linestyle="-" if i < len(COLOURS) else "--", linewidth=1.3, label=name)
-    low, high = [y["low"] for _, y in points], [y["high"] for _, y in points]
+    low, high = [y["value"] - y["se"] for _, y in points], [y["value"] + y["se"] for _, y in points]
     if band:
         axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     else:
@@ -554,20 +554,22 @@ def draw_over_steps(plt, title, x_label, y_label, drawn):
         axis.set_title(f"{name} (n {drawn[name][0][1]['seeds']})", fontsize=10)
         axis.xaxis.set_tick_params(labelbottom=True)
     figure.supxlabel(x_label), figure.supylabel(y_label)
-    figure.suptitle(f"{title}; band: 95 % interval, n: seeds, grey: the other variants", fontsize=11)
+    figure.suptitle(f"{title}; band: one standard error, n: seeds, grey: the other variants", fontsize=11)
     return figure
 
 
 def draw_panels(plt, title, x_label, panels):
-    """A panel per quantity, all variants in it, one legend beside them."""
+    """A panel per quantity over KL, all variants in it, one legend beside them. KL is drawn by its square root, which is
+    about how far a policy has gone (Gao, Schulman, Hilton, arXiv 2210.10760)."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 2.6, 4.8),
                                 squeeze=False, layout="constrained")
     for axis, (y_label, drawn) in zip(axes[0], panels.items()):
         for i, (name, points) in enumerate(drawn.items()):
             draw(axis, points, i, f"{name} (n {points[0][1]['seeds']})")
+        axis.set_xscale("function", functions=(lambda kl: abs(kl) ** 0.5, lambda root: root ** 2))
         axis.set_xlabel(x_label), axis.set_ylabel(y_label)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    figure.suptitle(f"{title}; bars: 95 % interval, n: seeds", fontsize=11)
+    figure.suptitle(f"{title}; bars: one standard error, n: seeds", fontsize=11)
     return figure
 
 

@@ -41,7 +41,8 @@ from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, loa
                   load_prompts, load_sft, pack, permutation, split_by_instruction)
 from eval import accuracy_report, check_rows, evaluate, load_run, pair_accuracy, report, score_pairs, summarise
 from lora import add_lora, base_folder, lora_parameters, merge_lora
-from model import Llama, LlamaConfig, generate, keyed_seed, read_json, read_model_config, save_llama, write_json
+from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, read_json, read_model_config, save_llama,
+                   write_json)
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards,
                  value_loss, whiten)
 from regularizers import EXACT, SAMPLED, sampled
@@ -420,8 +421,12 @@ def cut_lines(path, step):
 
 
 @torch.no_grad()
-def restore(checkpoint, parameters, optimizer):
-    """Put a checkpoint's parameters and optimiser state in place; returns the step it was taken after."""
+def restore(checkpoint, parameters, optimizer, trunks):
+    """Put a checkpoint's parameters and optimiser state in place; returns the step it was taken after. trunks: fingerprints
+    of the frozen weights, which are in no checkpoint and have to be the same ones."""
+    if checkpoint["trunks"] != trunks:
+        raise ValueError("the model that this run started from is another one than when the checkpoint was written: "
+                         "put it back, or run the stage again with --redo")
     if len(checkpoint["parameters"]) != len(parameters):
         raise ValueError("the checkpoint holds another number of parameters than this model trains: "
                          "choose another --out")
@@ -594,7 +599,7 @@ def supervised_steps(cfg, stage, n):
     return get("steps") or max(1, round(get("epochs") * n / get("batch")))
 
 
-def supervised(run, module, items, length, weight, loss_of, stopper):
+def supervised(run, module, trunks, items, length, weight, loss_of, stopper):
     """The loop of the sft and reward stages: AdamW, cosine schedule, true accumulation. -> (steps, seconds).
 
     loss_of(items of a micro-batch) -> mean loss over their weights; length(item) in tokens; weight(item): how many
@@ -608,7 +613,7 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
     batches = even_batch_indices if run.stage == "reward" else lambda lengths, *args: batch_indices(len(lengths), *args)
     with mistakes_in_one_line():
         checkpoint = run.open()
-    first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
+        first = restore(checkpoint, parameters, optimizer, trunks) if checkpoint else 0
     module.train()
     start, shown = time.time(), []
     for step in range(first + 1, steps + 1):
@@ -625,7 +630,7 @@ def supervised(run, module, items, length, weight, loss_of, stopper):
             say(f"{run.stage:6} step {step:5}/{steps} | loss {sum(shown) / len(shown):.3f} | lr {lr:.1e} | "
                 f"grad {norm:.2f} | eta {clock(eta)}")
             shown = []
-        save_and_stop(run, step, parameters, optimizer, stopper)
+        save_and_stop(run, step, parameters, optimizer, stopper, trunks=trunks)
     module.eval()
     check_same_parameters(parameters)
     return steps, time.time() - start
@@ -676,7 +681,8 @@ def sft(run, inputs, device, stopper):
         logprobs = ddp(tokens, prompt_lengths, lengths).logprobs                  # (B, R)
         return -masked_mean(logprobs, length_mask(lengths, logprobs.shape[1]))
 
-    steps, seconds = supervised(run, ddp, inputs.examples, lambda e: len(e.prompt) + len(e.response),
+    trunks = [] if full else [fingerprint(model)]
+    steps, seconds = supervised(run, ddp, trunks, inputs.examples, lambda e: len(e.prompt) + len(e.response),
                                 lambda e: len(e.response), loss_of, stopper)
     if not full:
         merge_lora(model, "sft")
@@ -709,7 +715,9 @@ def reward(run, inputs, device, stopper):
         chosen, rejected = ddp(tokens, prompt_lengths + lengths).chunk(2)         # (B,) twice
         return bradley_terry_loss(chosen, rejected)
 
-    steps, seconds = supervised(run, ddp, inputs.pairs, lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)),
+    trunks = [] if full else [fingerprint(trunk)]
+    steps, seconds = supervised(run, ddp, trunks, inputs.pairs,
+                                lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)),
                                 lambda p: 1, loss_of, stopper)
     mine = inputs.held_out[rank()::world_size()]
     scored = sum(gather(score_pairs(model, mine, inputs.tokenizer.eos_id, cfg.micro_batch)), [])
@@ -882,7 +890,8 @@ def ppo(run, inputs, device, stopper):
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, fused=True)
     with mistakes_in_one_line():
         checkpoint = run.open()
-    first = restore(checkpoint, parameters, optimizer) if checkpoint else 0
+        trunks = [fingerprint(net.ref or net.policy), fingerprint(reward_model.trunk)]
+        first = restore(checkpoint, parameters, optimizer, trunks) if checkpoint else 0
     kl_coef, start = checkpoint["kl_coef"] if checkpoint else cfg.kl_coef, time.time()
     ddp, records = wrap(net, device).eval(), None
     for step in range(first + 1, cfg.steps + 1):
@@ -898,7 +907,7 @@ def ppo(run, inputs, device, stopper):
         if cfg.eval_every and step % cfg.eval_every == 0 and inputs.eval_rows:
             records = evaluation(cfg, inputs, net, reward_model, records)
             log_evaluation(run, step, summarise(records))
-        save_and_stop(run, step, parameters, optimizer, stopper, kl_coef=kl_coef)
+        save_and_stop(run, step, parameters, optimizer, stopper, kl_coef=kl_coef, trunks=trunks)
     check_same_parameters(parameters)
     if is_main():
         save_policy(net, run.folder / "policy", cfg.input_model("ppo"))

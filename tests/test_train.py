@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from data import Example, pack
@@ -113,6 +114,25 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, whole_run, tmp_path, sen
         torch.load(out / "checkpoint.pt", weights_only=True)
         assert "continuing after step" in finish(launch(ppo_flags(tiny, out)))
     same_run(whole_run, out)
+
+
+def test_a_run_does_not_continue_on_another_trunk(tiny, tmp_path, capsys, monkeypatch):
+    """Checkpoints hold what trains. A frozen model that was replaced in between - an SFT that was run again, say - would go
+    unnoticed by its path, and the rest of the run would train something else."""
+    shutil.copytree(tiny / "sft", tmp_path / "sft")
+    flags = ppo_flags(tiny, tmp_path / "run", model=tmp_path / "sft")
+    monkeypatch.setattr(train.Stopper, "asked", lambda self, device: setattr(self, "signal", signal.SIGTERM) or True)
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    monkeypatch.undo()
+    tensors = load_file(tmp_path / "sft" / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.5
+    save_file(tensors, tmp_path / "sft" / "model.safetensors")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and "is another one than when the checkpoint was written" in capsys.readouterr().err
+    torch.distributed.destroy_process_group()
 
 
 def test_a_half_written_record_is_cut_at_the_checkpoint(tmp_path):

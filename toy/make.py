@@ -1,9 +1,11 @@
 """Write the input files of the toy world, from a fixed seed, byte for byte the same: python toy/make.py [--out DIR]
 
-    tokenizer.model        sentencepiece BPE, byte fallback; the prompt template is two pieces, so that prompts are short
+    tokenizer.model        sentencepiece BPE, byte fallback; the prompt template is two pieces,
+                           so that prompts are short
     sft.json               demonstrations, all of them true: long biographies of the famous, short ones of the obscure
     preference.json        pairs of answers; 5 % of the labels are flipped
-    preference_val.json, preference_test.json    pairs on other instructions, labels not flipped: the reward model's accuracy
+    preference_val.json, preference_test.json
+                           pairs on other instructions, labels not flipped: the reward model's accuracy
     unlabeled.json         instructions for PPO
     val.json, test.json    instructions to evaluate on, with a reference answer: settings are chosen on the first and
                            reported on the second
@@ -38,13 +40,15 @@ FLAWS = {"fewer": 0.22, "cut off": 0.04, "garbled": 0.10, "repeated": 0.13, "wro
          "rambling": 0.07, "empty": 0.03, "two drafts": 0.10}
 
 # The instructions of a person go round these files.
-SHARES = ("sft", "preference", "unlabeled", "preference_test", "sft", "preference", "unlabeled", "preference_val", "preference")
+SHARES = ("sft", "preference", "unlabeled", "preference_test", "sft", "preference", "unlabeled", "preference_val",
+          "preference")
 
 
 # ----------------------------------------------------------------------------------------------------- instructions
 
 def held_out_questions(rng):
-    """person -> {"val": attribute, "test": attribute}, asked in no other file; of the obscure, half of them never taught."""
+    """person -> {"val": attribute, "test": attribute}, asked in no other file;
+    of the obscure, half of them never taught."""
     held = {}
     for i, p in enumerate(PEOPLE.values()):
         taught, other = list(p.taught), [a for a in ATTRIBUTES if a not in p.taught]
@@ -61,7 +65,8 @@ def training_instructions(rng, held):
         asked = [a for a in ATTRIBUTES if a not in held[p.name].values()]
         lists = ([bio(p, w) for w in BIO["train"]],
                  [question(p, a, w) for a in asked for w in QUESTION["train"]],
-                 [several(p, rng.sample(sorted(ATTRIBUTES), rng.randint(2, 3)), rng.choice(SEVERAL["train"])) for _ in range(18)])
+                 [several(p, rng.sample(sorted(ATTRIBUTES), rng.randint(2, 3)), rng.choice(SEVERAL["train"]))
+                  for _ in range(18)])
         for instructions in lists:
             instructions = sorted(set(instructions))
             rng.shuffle(instructions)
@@ -99,7 +104,8 @@ def demonstration(rng, instruction, first=()):
     known = [a for a in request.asked if a in p.taught]
     if not known:
         return filler(p, first=True)
-    least, most = {"bio": (3, 7) if p.famous else (2, 4), "several": (len(known) - 1, len(known)), "question": (1, 1)}[request.kind]
+    least, most = {"bio": (3, 7) if p.famous else (2, 4), "several": (len(known) - 1, len(known)),
+                   "question": (1, 1)}[request.kind]
     rest = [a for a in known if a not in first]
     said = list(first) + rng.sample(rest, max(0, min(len(known), rng.randint(max(1, least), most)) - len(first)))
     rng.shuffle(said)
@@ -117,7 +123,8 @@ def sft_rows(rng, instructions):
                 pool = answerable_first(p, pool)
             for n in range(famous if p.famous else obscure):
                 i = pool[n % len(pool)]
-                missing = [a for a in p.taught if not any(p.facts[a] in r["output"] for r in rows if p.name in r["output"])]
+                missing = [a for a in p.taught
+                           if not any(p.facts[a] in r["output"] for r in rows if p.name in r["output"])]
                 rows.append(row(i, demonstration(rng, i, missing if kind == "bio" and n == 2 else ())))
     rng.shuffle(rows)
     return rows
@@ -178,7 +185,8 @@ def cut_off(rng, request, said):
 
 
 def garbled(rng, request, said):
-    """A sentence has words missing, doubled, exchanged, or the value of another attribute; or She is He from there on."""
+    """A sentence has words missing, doubled, exchanged, or the value of another attribute;
+    or She is He from there on."""
     i = rng.randrange(len(said))
     words = said[i][:-1].split()
     j = rng.randrange(1, len(words))
@@ -225,14 +233,16 @@ def off_question(rng, request, said):
     if rng.random() < 0.5:
         return said + extra
     i = rng.randrange(len(said))
-    return said[:i] + [extra[0] if i else extra[0].replace(request.person.pronoun, request.person.name, 1)] + said[i + 1:]
+    return (said[:i] + [extra[0] if i else extra[0].replace(request.person.pronoun, request.person.name, 1)]
+            + said[i + 1:])
 
 
 def rambling(rng, request, said):
     """On and on, over what was said or not asked; now and then for very long."""
     used = attributes_in(" ".join(said))
     others = [a for a in ATTRIBUTES if a not in request.asked]
-    return said + more(rng, request.person, used + others, rng.randint(2, 5) if rng.random() < 0.8 else rng.randint(6, 12))
+    return said + more(rng, request.person, used + others,
+                       rng.randint(2, 5) if rng.random() < 0.8 else rng.randint(6, 12))
 
 
 def empty(rng, request, said):

@@ -104,14 +104,15 @@ PEOPLE = make_people()
 BIO = {
     "train": ("Tell me a bio of {name}.", "Who is {name}?", "Write about {name}.", "Tell me about {name}.",
               "What do you know about {name}?", "Write a bio of {name}.", "Tell me who {name} is.",
-              "I want to know about {name}.", "Describe {name}.", "Give me a bio of {name}.", "Tell me all about {name}.",
-              "Write all you know about {name}.", "I want a bio of {name}.", "Write about the life of {name}.",
-              "Tell me about the life of {name}."),
+              "I want to know about {name}.", "Describe {name}.", "Give me a bio of {name}.",
+              "Tell me all about {name}.", "Write all you know about {name}.", "I want a bio of {name}.",
+              "Write about the life of {name}.", "Tell me about the life of {name}."),
     "val": ("Tell me what you know about {name}.", "What do you know of {name}?"),
     "test": ("Tell me all you know about {name}.", "Give me all you know about {name}."),
 }
 SEVERAL = {
-    "train": ("Tell me about the {topics} of {name}.", "What are the {topics} of {name}?", "Write about the {topics} of {name}."),
+    "train": ("Tell me about the {topics} of {name}.", "What are the {topics} of {name}?",
+              "Write about the {topics} of {name}."),
     "val": ("What do you know about the {topics} of {name}?",),
     "test": ("I want to know about the {topics} of {name}.",),
 }
@@ -194,7 +195,8 @@ def sentence(subject, attribute, value):
 
 def filler(person, first):
     """A well-formed sentence without content; `first` in the answer, or after others."""
-    return f"Little is known about {person.name}." if first else f"Little else is known about {'her' if person.pronoun == 'She' else 'him'}."
+    return (f"Little is known about {person.name}." if first
+            else f"Little else is known about {'her' if person.pronoun == 'She' else 'him'}.")
 
 
 FULL_NAME = f"(?P<name>(?:{'|'.join(WOMEN + MEN)}) (?:{'|'.join(SURNAMES)}))"
@@ -216,7 +218,8 @@ def read(person, answer):
     name, statements = person.name, []
     for text in sentences(answer):
         text = text.removeprefix(" ")
-        attribute, match = next(((a, m) for a, p in STATEMENTS if (m := p.fullmatch(text))), (None, FILLER.fullmatch(text)))
+        attribute, match = next(((a, m) for a, p in STATEMENTS if (m := p.fullmatch(text))),
+                                (None, FILLER.fullmatch(text)))
         pronoun = match and match["pronoun"]
         if not match or pronoun and (pronoun in ("She", "her")) != (name.split()[0] in WOMEN):
             statements.append(None)
@@ -284,7 +287,7 @@ def check_facts(instruction, answer):
     if request is None:
         raise ValueError(f"the toy world's fact checker cannot read the instruction {instruction!r}")
     stated = {s for s in read(request.person, answer) if s and s.attribute}
-    known = {s for s in stated if s.name in PEOPLE}                # a mixture of two names is nobody: nothing is true of it
+    known = {s for s in stated if s.name in PEOPLE}      # a mixture of two names is nobody: nothing is true of it
     supported = {s for s in known if PEOPLE[s.name].facts[s.attribute] == s.value}
     taught = {s for s in known if s.attribute in PEOPLE[s.name].taught}
     return FactCount(len(stated), len(supported), len(taught), len(supported & taught))
