@@ -33,6 +33,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy
 import torch
 
 from data import Tokenizer, load_prompts, read_rows, text_field
@@ -566,7 +567,8 @@ def draw_panels(plt, title, x_label, panels):
     for axis, (y_label, drawn) in zip(axes[0], panels.items()):
         for i, (name, points) in enumerate(drawn.items()):
             draw(axis, points, i, f"{name} (n {points[0][1]['seeds']})")
-        axis.set_xscale("function", functions=(lambda kl: abs(kl) ** 0.5, lambda root: root ** 2))
+        axis.set_xscale("function", functions=(lambda kl: numpy.sign(kl) * abs(kl) ** 0.5,
+                                               lambda root: numpy.sign(root) * root ** 2))
         axis.set_xlabel(x_label), axis.set_ylabel(y_label)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     figure.suptitle(f"{title}; bars: one standard error, n: seeds", fontsize=11)
