@@ -471,7 +471,7 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
                     cache.keep(rest)
                     x, row, count, done = x[rest], row[rest], count[rest], done[rest]
                 horizon = step + int((limits[row] - count).max())
-        logits = masked_logits(model.output, x, banned)                          # (B, V)
+        logits = model.output(x).float().masked_fill_(banned, BANNED)            # (B, V)
         token = pick(logits, u[row, count])
         place = torch.where(done, M, count)
         out[row, place] = token
