@@ -23,6 +23,7 @@ Decoding on a GPU is bound by reading: `bandwidth` is the weights and the keys a
 over what a copy reaches.
 """
 import argparse
+import copy
 import json
 import os
 import socket
@@ -282,8 +283,10 @@ def peer_ppo(size, s, args, rank):
         def on_step_end(self, *_, **__):
             args.next_turn()
 
-    trainer = PPOTrainer(args=config, processing_class=tokenizer, model=LlamaForCausalLM(peer_config(size)),
-                         ref_model=None, reward_model=reward, value_model=judge(),
+    policy = LlamaForCausalLM(peer_config(size))      # in several processes TRL needs a reference of its own
+    reference = copy.deepcopy(policy).eval().requires_grad_(False) if args.processes > 1 else None
+    trainer = PPOTrainer(args=config, processing_class=tokenizer, model=policy,
+                         ref_model=reference, reward_model=reward, value_model=judge(),
                          train_dataset=Dataset.from_dict({"input_ids": rows}),
                          peft_config=LoraConfig(r=8, lora_alpha=64, lora_dropout=0.0, bias="none",
                                                 task_type="CAUSAL_LM",
@@ -410,9 +413,9 @@ class Program:
                     else subprocess.DEVNULL)
         self.processes = [subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-            env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes),
-                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                              "OMP_NUM_THREADS": str(1 if processes > 1 else args.threads)})
+            env=os.environ | {"OMP_NUM_THREADS": str(1 if processes > 1 else args.threads)} | (
+                {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if processes > 1 else {}))
             for r in range(processes)]
 
     def go(self):
