@@ -129,7 +129,7 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip):
     """PPO's clipped surrogate, to be minimised (PPO eq. 7): mean of max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)).
 
     ratio = exp(logprobs - old_logprobs). All (B, R) -> scalar over the True positions, and detached stats: clip_frac
-    (share of tokens whose gradient the clip has cut off), ratio_max (largest |ratio - 1|), approx_kl (k3 of old
+    (share of tokens whose gradient the clip has cut off), ratio_max, ratio_mean (of |ratio - 1|), approx_kl (k3 of old
     against new, nats per token).
     """
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
@@ -140,6 +140,7 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip):
     with torch.no_grad():
         stats = {"clip_frac": masked_mean((clipped > unclipped).float(), response_mask),
                  "ratio_max": (ratio - 1).abs().max(),
+                 "ratio_mean": masked_mean((ratio - 1).abs(), response_mask),
                  "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, response_mask)}
     return loss, stats
 

@@ -422,8 +422,8 @@ def cut_lines(path, step):
 
 @torch.no_grad()
 def restore(checkpoint, parameters, optimizer, trunks):
-    """Put a checkpoint's parameters and optimiser state in place; returns the step it was taken after. trunks: fingerprints
-    of the frozen weights, which are in no checkpoint and have to be the same ones."""
+    """Put a checkpoint's parameters and optimiser state in place; returns the step it was taken after. trunks:
+    fingerprints of the frozen weights, which are in no checkpoint and have to be the same ones."""
     if checkpoint["trunks"] != trunks:
         raise ValueError("the model that this run started from is another one than when the checkpoint was written: "
                          "put it back, or run the stage again with --redo")
@@ -828,6 +828,8 @@ def average_statistics(table, norms):
     first = [row for row in table if row["optimizer_step"] == 0]
     return means | {"ratio_max": max(row["ratio_max"] for row in table),
                     "first_ratio_max": max(row["ratio_max"] for row in first),
+                    "first_ratio_mean": (sum(row["ratio_mean"] * row["tokens"] for row in first)
+                                         / sum(row["tokens"] for row in first)),
                     "first_clip_frac": max(row["clip_frac"] for row in first),
                     "optimizer_steps": len(norms)} | {k: sum(n[k] for n in norms) / len(norms) for k in norms[0]}
 
@@ -850,16 +852,16 @@ def check_first_step(rollout, row, dtype, dropout=0.0):
     """Before anything has moved, policy and reference are one model. RuntimeError says which assumption is broken.
 
     With dropout in the update the first ratio is not 1, and is only reported. Micro-batches of other shapes round
-    differently: float32 logits of 20 to 30, as trained models have, are good to about 1e-5;
-    a broken assumption is far off.
+    differently. float32 logits of 20 to 30, as trained models have, are good to about 1e-5: no token may be off.
+    bfloat16 holds such logits to 0.1, so that single tokens are far off and only their mean says something.
     """
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    exact = dtype == torch.float32
+    ratio, bound = (row["first_ratio_max"], 1e-4) if exact else (row["first_ratio_mean"], 3e-2)
     claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing",
                rollout.kl.abs().max().item(), 0.0),
-              ("the first ratio is 1: the update's forward is the rollout's",
-               0 if dropout else row["first_ratio_max"], tolerance),
+              ("the first ratio is 1: the update's forward is the rollout's", 0 if dropout else ratio, bound),
               ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the full forward",
-               row["sampling_gap"], 1e-3 if dtype == torch.float32 else 0.5)]
+               row["sampling_gap"], 1e-3 if exact else 2.0)]
     for claim, got, bound in claims:
         if not got <= bound:
             raise RuntimeError(f"step 1 broke an assumption: {claim}; "

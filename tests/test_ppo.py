@@ -330,7 +330,9 @@ def test_approx_kl_and_ratio_max_say_how_far_the_update_went():
     _, stats = policy_loss(poisoned(logprobs, 50.0), old_logprobs, advantages, MASK, 0.2)
     log_ratio = [new - old for new, old in zip(true_values(logprobs), true_values(old_logprobs))]
     assert float(stats["approx_kl"]) == pytest.approx(sum(math.exp(x) - 1 - x for x in log_ratio) / N, abs=1e-6)
-    assert float(stats["ratio_max"]) == pytest.approx(max(abs(math.exp(x) - 1) for x in log_ratio), abs=1e-6)
+    off = [abs(math.exp(x) - 1) for x in log_ratio]
+    assert float(stats["ratio_max"]) == pytest.approx(max(off), abs=1e-6)
+    assert float(stats["ratio_mean"]) == pytest.approx(sum(off) / len(off), abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- value loss

@@ -238,6 +238,16 @@ def test_a_broken_first_step_says_which_assumption(whole_run, broken, name):
         train.check_first_step(rollout, row, torch.float32)
 
 
+def test_in_bfloat16_the_first_ratio_is_1_on_average(whole_run):
+    """Logits near 25 have a spacing of 0.125 there: one token in thousands may be 13 % off by rounding alone, and must not
+    stop a run; a mean that is off by 5 % is no rounding."""
+    rollout = SimpleNamespace(kl=torch.zeros(1))
+    row = {"first_ratio_max": 0.2, "first_ratio_mean": 0.01, "sampling_gap": 0.3}
+    train.check_first_step(rollout, row, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="ratio"):
+        train.check_first_step(rollout, row | {"first_ratio_mean": 0.05}, torch.bfloat16)
+
+
 def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path, monkeypatch, one_process):
     """CHECKS 26. Optimiser steps per PPO step = epochs * rollout / minibatch, and each response is in `epochs` of them.
     (The paper's code took 32 steps of 16 sequences where 4 of 128 were meant.) The first learning rate is above 0, and
