@@ -487,6 +487,21 @@ def study_table(variants, base):
     return "\n".join(lines)
 
 
+def seeds_table(variants, base):
+    """What single seeds say of the variants that have several: win rate, its difference from `base`, and KL."""
+    won, kl = (lambda o: o["curve"][-1]["win_reference"]["value"]), (lambda o: o["curve"][-1]["kl_per_token"]["value"])
+    lines = ["", f"by seed: win rate against the reference; less that of {base!r}, and its 95 % interval; KL per token"]
+    for name, runs in variants.items():
+        if len(runs) > 1 and all(o["curve"] for o in runs):
+            d = difference(runs, variants[base], 1)
+            of_base = {o["seed"]: won(o) for o in variants[base] if o["curve"]}
+            less = " ".join(f"{won(o) - of_base[o['seed']]:+.1%}" for o in runs if o["seed"] in of_base)
+            interval = f"({d['low']:+.1%} to {d['high']:+.1%})" if d and name != base else ""
+            lines.append(f"  {name:22}" + " ".join(f"{won(o):.1%}" for o in runs) + f"   {less} {interval}   "
+                         + " ".join(f"{kl(o):.3f}" for o in runs))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 WIN, KL = "win rate against the reference", "KL from SFT, nats per token (over the vocabulary)"
 FIGURES = (      # file, group of variants, title, key and label of x, (key, label) of each panel's y
     ("win_steps", "regularizer", "Win rate over training", ("step", "PPO step"), (("win_reference", WIN),)),
@@ -560,8 +575,8 @@ def draw_over_steps(plt, title, x_label, y_label, drawn):
 
 
 def draw_panels(plt, title, x_label, panels):
-    """A panel per quantity over KL, all variants in it, one legend beside them. KL is drawn by its square root, which is
-    about how far a policy has gone (Gao, Schulman, Hilton, arXiv 2210.10760)."""
+    """A panel per quantity over KL, all variants in it, one legend beside them. KL is drawn by its square root, which
+    is about how far a policy has gone (Gao, Schulman, Hilton, arXiv 2210.10760)."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 2.6, 4.8),
                                 squeeze=False, layout="constrained")
     for axis, (y_label, drawn) in zip(axes[0], panels.items()):
@@ -906,6 +921,7 @@ def command_table(args):
     if base not in variants:
         raise ValueError(f"--base {base}: the variants are {', '.join(variants)}")
     print(study_table(variants, base))
+    print(seeds_table(variants, base))
 
 
 def command_figures(args):

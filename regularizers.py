@@ -24,8 +24,9 @@ Two ways to use a divergence, which are not the same:
   and so is what is left of them: near p = q they hardly push. Share of KL's gradient that each keeps (by enumeration in
   tests/test_regularizers.py, V = 200, token KL 0.1): k1 1.00, clamped about .6, bregman_paper .2 to .3, k2, k3 and
   paper-JS below .2, unbiased JS about 0; second digits depend on how the logits are spread. A few tokens with a large d
-  change that: in the toy world's study (README), at a token KL of .3, k2 held the policy as k1 did, and only the two
-  Jensen-Shannons, which are bounded for tokens that the policy has come to prefer, were close to no penalty at all.
+  change that: in the toy world's study (README), at a token KL of .3, k2 held the policy as k1 did, and the two
+  Jensen-Shannons, which are bounded for tokens that the policy has come to prefer, let it go .6 to 1 times as far as no
+  penalty did.
 * in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one (of KL with
   respect to a logit: p (log p - log q - KL)).
 The other two combinations are refused. An exact divergence in the reward is the same number whichever token is drawn:

@@ -140,9 +140,12 @@ def test_study_data_become_a_table_and_figures(tmp_path, monkeypatch, capsys):
         wins = {"x": [10, 10 * won, 0], "y": [10, 10 * won, 0]}
         (tmp_path / f"{name}{seed}.json").write_text(json.dumps(variant(seed, wins, variant=name)))
     evaluation.main(["table", str(tmp_path), "--base", "b"])
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[3:]}
+    out, by_seed = capsys.readouterr().out.split("\n\nby seed")
+    rows = {line.split()[0]: line.split() for line in out.splitlines()[3:]}
     assert rows["a"][1:3] == ["2", "60.0%"] and rows["b"][1:3] == ["1", "40.0%"]
     assert rows["a"][-2] == "+10.0%"                                            # (seed 0 alone has a partner)
+    only, = by_seed.strip().splitlines()[1:]                                    # (b has one seed)
+    assert only.split()[:4] == ["a", "50.0%", "70.0%", "+10.0%"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)                        # import matplotlib: ImportError
     evaluation.main(["figures", str(tmp_path), "--out", str(tmp_path / "figures")])
     out = capsys.readouterr().out

@@ -366,7 +366,7 @@ def test_in_the_reward_only_kl_gives_the_gradient_of_kl(moved):
     is of another implementation on other pairs; ours lies within 2 standard deviations over the pairs."""
     stated = {"kl": 1.0, "clamped_kl": 0.6, "squared_error": 0.13, "jensen_shannon_paper": 0.055, "bregman": 0.055,
               "jensen_shannon": 0.0}
-    coefficients = {name: [] for name in SAMPLED}              # (of the paper's Bregman nothing is stated)
+    coefficients = {name: [] for name in SAMPLED}
     for seed in range(40):
         start, other = pair(200, seed)
         logits, ref_logits = at_token_kl(start, other - start, 0.1, moved)
@@ -377,7 +377,9 @@ def test_in_the_reward_only_kl_gives_the_gradient_of_kl(moved):
     for name, values in coefficients.items():
         mean, sd = torch.tensor(values).mean().item(), torch.tensor(values).std().item()
         print(f"{moved} moved, {name:>20}: {mean:+.3f} +- {sd:.3f}")
-        assert abs(mean - stated.get(name, mean)) <= 2 * sd + 1e-6, name
+        if name in stated:                                      # of the paper's Bregman nothing is stated elsewhere
+            assert abs(mean - stated[name]) <= 2 * sd + 1e-6, name
     means = {name: sum(values) / 40 for name, values in coefficients.items()}
     assert means["kl"] == pytest.approx(1, abs=1e-6) and 0.5 < means["clamped_kl"] < 0.75
     assert all(abs(means[name]) < 0.25 for name in stated if name not in ("kl", "clamped_kl"))
+    assert means["squared_error"] < means["bregman_paper"] < means["clamped_kl"]     # d^2 / 2 + d^3 / 6 + ..: more than k2
