@@ -70,13 +70,14 @@ class LoRALinear(nn.Module):
         return self.alpha[name] / self.rank(name)
 
     def forward(self, x):
-        out = self.base(x)
         if self.active is None:
-            return out
-        A, B = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
-        x = F.linear(F.dropout(x, self.dropout[self.active], self.training), A)           # (.., r)
-        sum_of_both = torch.addmm(out.flatten(0, -2), x.flatten(0, -2), B.t(), alpha=self.scaling(self.active))
-        return sum_of_both.view(out.shape)
+            return self.base(x)
+        A, B = self.lora_A[self.active], self.lora_B[self.active]
+        rows = x.flatten(0, -2)                                                                    # (N, in)
+        low = F.linear(F.dropout(rows, self.dropout[self.active], self.training), A.to(x.dtype))   # (N, r)
+        # in place: one product fewer to store
+        out = self.base(rows).addmm_(low, B.to(low.dtype).t(), alpha=self.scaling(self.active))    # (N, out)
+        return out.view(*x.shape[:-1], -1)
 
 
 def lora_layers(model, name=None):

@@ -260,10 +260,10 @@ def count_parameters(config, lm_head=True, rank=0):
 
 def saved_bytes(config, size, full=False):
     """Bytes that one token in one layer keeps for the backward pass, read off model.Block, at `size` bytes per number:
-    the norms keep their input in float32, the adapters of wq, wk, wv and wo theirs, attention q, k, v and its output,
-    SwiGLU three rows of width F; training all weights adds the inputs of w1 and w3, of w2, and the normed rows."""
+    the norms keep their input, the adapters of wq, wk, wv and wo theirs, attention q, k, v and its output, SwiGLU three
+    rows of width F; training all weights adds the inputs of w1 and w3, of w2, and the normed rows."""
     c, heads, kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    kept = 2 * 4 * c.dim + size * (c.dim + 3 * heads + 2 * kv + 3 * c.ffn_dim)
+    kept = size * (3 * c.dim + 3 * heads + 2 * kv + 3 * c.ffn_dim)
     return kept + full * size * (3 * c.dim + c.ffn_dim)
 
 

@@ -251,6 +251,8 @@ TOY = {"tokenizer": f"{HERE}/toy/tokenizer.model", "sft_data": f"{HERE}/toy/sft.
        "steps": 80, "rollout_batch": 128, "minibatch": 64, "lr": 2e-3, "warmup_steps": 5, "lora_alpha": 32.0,
        "vf_coef": 1.0, "kl_coef": 0.1, "prompt_len": 32, "response_len": 64, "missing_eos_penalty": 3.0}
 
+PHASES = ("sample", "score", "update")      # of a PPO step, as the log times them
+
 SHARED = ("model", "tokenizer", "seed", "dtype", "max_grad_norm")
 PATHS = ("model", "reward", "tokenizer", "sft_data", "preference_data", "preference_test", "prompts", "eval_data")
 READ_BY = {      # the settings that decide what a stage's result is; a run folder made with others is not continued
@@ -389,7 +391,8 @@ class Run:
             write_json(self.folder / "finished.json", summary)
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "previous", ignore_errors=True)
-        say(f"{self.stage}: {summary['steps']} steps in {clock(summary['seconds'])}, written to {self.folder}\n")
+        shares = f" ({shares_of(summary['phases'])})" if "phases" in summary else ""
+        say(f"{self.stage}: {summary['steps']} steps in {clock(summary['seconds'])}{shares}, written to {self.folder}\n")
         dist.barrier()
 
     def set_aside(self):
@@ -588,6 +591,11 @@ def clock(seconds):
             else f"{int(seconds) // 60}m{int(seconds) % 60:02}s")
 
 
+def shares_of(seconds):
+    """{"sample": 20, "update": 60} -> sample 25 %, update 75 %"""
+    return ", ".join(f"{name} {100 * s / max(1e-9, sum(seconds.values())):.0f} %" for name, s in seconds.items())
+
+
 def count(module):
     n, total = sum(p.numel() for p in trainable(module)), sum(p.numel() for p in module.parameters())
     return f"{n:,} of {total:,} parameters are trained ({100 * n / total:.3f} %)"
@@ -734,20 +742,24 @@ def reward(run, inputs, device, stopper):
     run.finish(steps=steps, seconds=round(seconds, 1), accuracy=accuracy)
 
 
-def collect(cfg, step, net, reward_model, inputs):
-    """One rollout batch: sample, score, evaluate. -> Rollout of the global batch (the same on every process), and the
-    largest gap between a log-probability at sampling and the one recomputed for the same token."""
+def respond(cfg, step, net, inputs):
+    """This process's share of a rollout batch: prompts, sampled responses, and the log-probabilities at sampling."""
     picked = batch_indices(len(inputs.prompts), cfg.rollout_batch, f"{cfg.seed} prompts", step - 1)
-    mine, eos_id = range(rank(), cfg.rollout_batch, world_size()), inputs.tokenizer.eos_id
+    mine = range(rank(), cfg.rollout_batch, world_size())
     prompts = [inputs.prompts[picked[i]] for i in mine]
     with net.acting() as policy:
-        responses, sampled_logprobs = generate(
-            policy, prompts, cfg.response_len, eos_id=eos_id, seed=f"{cfg.seed} {step}", banned_ids=inputs.banned_ids,
-            batch_size=cfg.generate_batch or None, row_ids=mine, return_logprobs=True)
+        return prompts, *generate(
+            policy, prompts, cfg.response_len, eos_id=inputs.tokenizer.eos_id, seed=f"{cfg.seed} {step}",
+            banned_ids=inputs.banned_ids, batch_size=cfg.generate_batch or None, row_ids=mine, return_logprobs=True)
+
+
+def collect(cfg, net, reward_model, eos_id, prompts, responses, sampled_logprobs):
+    """Score what this process has sampled. -> Rollout of the global batch (the same on every process), and the largest
+    gap between a log-probability at sampling and the one recomputed for the same token."""
     local = assess(net, reward_model, prompts, responses, eos_id, cfg.micro_batch)
     gap = max(abs(a - b) for row, again in zip(sampled_logprobs, local.logprobs.tolist()) for a, b in zip(row, again))
     parts, gaps = zip(*gather((local, gap)))
-    order = [i % world_size() * len(mine) + i // world_size() for i in range(cfg.rollout_batch)]
+    order = [i % world_size() * len(prompts) + i // world_size() for i in range(cfg.rollout_batch)]
     return join_rollouts(parts).rows(torch.tensor(order)), max(gaps)
 
 
@@ -873,7 +885,7 @@ def step_line(row, steps, eta):
             f"{row['kl_per_sequence']:.1f}/seq | ent {row['entropy']:.2f} | clip {row['clip_frac']:.2f} | "
             f"vloss {row['value_loss']:.2f} | ev {row['explained_variance']:+.2f} | len {row['length']:.0f} | "
             f"eos {row['eos_rate']:.2f} | "
-            f"gen {row['generate_seconds']:.1f}s upd {row['update_seconds']:.1f}s | eta {clock(eta)}")
+            + " ".join(f"{phase} {row[f'{phase}_seconds']:.1f}s" for phase in PHASES) + f" | eta {clock(eta)}")
 
 
 def ppo(run, inputs, device, stopper):
@@ -895,9 +907,10 @@ def ppo(run, inputs, device, stopper):
         trunks = [fingerprint(net.ref or net.policy), fingerprint(reward_model.trunk)]
         first = restore(checkpoint, parameters, optimizer, trunks) if checkpoint else 0
     kl_coef, start = checkpoint["kl_coef"] if checkpoint else cfg.kl_coef, time.time()
-    ddp, records = wrap(net, device).eval(), None
+    ddp, records, spent = wrap(net, device).eval(), None, dict.fromkeys(PHASES, 0.0)
     for step in range(first + 1, cfg.steps + 1):
         row, rollout = ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef)
+        spent = {phase: round(seconds + row[f"{phase}_seconds"], 3) for phase, seconds in spent.items()}
         if step == 1:
             check_first_step(rollout, row, cfg.trunk_dtype(device), cfg.lora_dropout)
         if cfg.kl_target:
@@ -914,23 +927,26 @@ def ppo(run, inputs, device, stopper):
     if is_main():
         save_policy(net, run.folder / "policy", cfg.input_model("ppo"))
         shutil.copy(inputs.tokenizer.path, run.folder / "policy" / "tokenizer.model")
-    run.finish(steps=cfg.steps, seconds=round(time.time() - start, 1))
+    run.finish(steps=cfg.steps, seconds=round(time.time() - start, 1), phases=spent)
 
 
 def ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef):
     """One step of PPO. -> the numbers that are logged of it, and its Rollout."""
-    t0 = time.time()
-    rollout, gap = collect(cfg, step, net, reward_model, inputs)                               # 1. sample and score
+    times = [time.time()]
+    sampled_here = respond(cfg, step, net, inputs)                                             # 1. sample
+    times.append(time.time())
+    rollout, gap = collect(cfg, net, reward_model, inputs.tokenizer.eos_id, *sampled_here)     # 2. score
     for name in ("logprobs", "ref_logprobs", "values", "scores", "kl"):
         require_finite(getattr(rollout, name), f"{name} of the rollout", step)
-    rollout, penalty = with_advantages(cfg, rollout, kl_coef)                                  # 2. rewards, GAE
+    rollout, penalty = with_advantages(cfg, rollout, kl_coef)                                  # 3. rewards, GAE
     require_finite(rollout.advantages, "advantages", step)
-    t1 = time.time()
+    times.append(time.time())
     lr = set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
-    stats = update(cfg, step, ddp, optimizer, rollout, kl_coef)                                # 3. clipped losses
-    times = {"generate_seconds": t1 - t0, "update_seconds": time.time() - t1}
+    stats = update(cfg, step, ddp, optimizer, rollout, kl_coef)                                # 4. clipped losses
+    times.append(time.time())
+    spent = {f"{phase}_seconds": end - start for phase, start, end in zip(PHASES, times, times[1:])}
     return ({"step": step} | rollout_statistics(rollout, penalty) | stats
-            | {"lr": lr, "kl_coef": kl_coef, "sampling_gap": gap} | times), rollout
+            | {"lr": lr, "kl_coef": kl_coef, "sampling_gap": gap} | spent), rollout
 
 
 def log_evaluation(run, step, summary):
@@ -1177,22 +1193,26 @@ def main(argv=None):
     if todo and cfg.model and base_folder(cfg.model) != Path(cfg.model):
         say(f"{cfg.model} is an adapter: it is merged into {base_folder(cfg.model)} first, and that model is "
             + ("the reference" if "ppo" in todo else "trained"))
-    stopper = Stopper()
+    stopper, spent = Stopper(), {}
     try:
         for stage, run in runs.items():
             if stage in todo:
+                begun = time.time()
                 {"sft": sft, "reward": reward, "ppo": ppo}[stage](run, inputs, device, stopper)
+                spent[stage] = time.time() - begun
             else:
                 say(f"{stage}: finished, in {run.folder} (to run it again: --redo {stage})")
         stopper.rest()
         if evaluating:
+            begun = time.time()
             final_evaluation(runs["ppo"], inputs, device)
+            spent["evaluation"] = time.time() - begun
     except FloatingPointError as e:
         say(f"train.py: stopped: {e}")
         sys.exit(1)
     if is_main() and "ppo" in runs and (runs["ppo"].folder / "eval.json").is_file():
         print(report(runs["ppo"].folder))
-    say(f"done in {clock(time.time() - started)}: {cfg.out}")
+    say(f"done in {clock(time.time() - started)}{f' ({shares_of(spent)})' if len(spent) > 1 else ''}: {cfg.out}")
     dist.destroy_process_group()
 
 

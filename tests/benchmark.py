@@ -200,7 +200,7 @@ def our_ppo(size, s, args, rank):
 
     def step():
         row, _ = train.ppo_step(cfg, next(number), net, ddp, reward, optimizer, inputs, 0.02)
-        parts.append({"sampling and scoring": row["generate_seconds"], "update": row["update_seconds"]})
+        parts.append({phase: row[f"{phase}_seconds"] for phase in train.PHASES})
     step.parts = parts
     return step
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from golden.make_golden import CASES, GREEDY_PROMPTS, GREEDY_STEPS, SIZES, formula_weights, weight_shapes, write_model
-from model import Llama, LlamaConfig, generate, load_llama, response_logprobs, sample, save_llama
+from model import (Llama, LlamaConfig, RMSNorm, generate, load_llama, response_logprobs, rope_angles, rotate, sample,
+                   save_llama)
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "real"
@@ -335,6 +336,42 @@ def test_greedy_ids_are_those_of_full_forwards(case, tmp_path):
             if ids[-1] == 2:
                 break
         assert ids[len(prompt):] == response
+
+
+def gradients(out, grad, *inputs):
+    return torch.autograd.grad(out, inputs, grad)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_the_norms_gradient_is_that_of_its_formula_in_float64(dtype, tolerance, eps):
+    """Rows of very different size, so that eps counts for some and not for others."""
+    torch.manual_seed(0)
+    norm = RMSNorm(64, eps).to(dtype)
+    x = (torch.randn(3, 5, 64) * torch.tensor([0.3, 1.0, 30.0])[:, None, None]).to(dtype).requires_grad_()
+    with torch.no_grad():
+        norm.weight.normal_()
+    out = norm(x)
+    grad = torch.randn(out.shape).to(dtype)
+    x64, w64 = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    plain = x64 / torch.sqrt((x64 ** 2).sum(-1, keepdim=True) / 64 + eps) * w64
+    assert out.dtype == dtype and largest(out - plain) <= tolerance * largest(plain)
+    for ours, expected in zip(gradients(out, grad, x, norm.weight), gradients(plain, grad.double(), x64, w64)):
+        assert ours.dtype == dtype
+        assert ((ours - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all()
+
+
+def test_the_rotations_gradient_is_that_of_complex_multiplication():
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 3, 16, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    cos, sin = (a.double() for a in rope_angles(torch.arange(7)[None, None] * 5, 16, 10000.0))
+    out, grad = rotate(x, cos, sin), torch.randn(2, 3, 7, 16, dtype=torch.float64)
+    i = torch.arange(8, dtype=torch.float64)
+    turn = torch.exp(1j * 5 * torch.arange(7)[:, None] * 10000.0 ** (-i / 8))
+    turned = torch.complex(x[..., :8], x[..., 8:]) * turn
+    plain = torch.cat((turned.real, turned.imag), dim=-1)
+    assert largest(out - plain) <= 1e-5                                    # (angles are float32)
+    assert largest(gradients(out, grad, x)[0] - gradients(plain, grad, x)[0]) <= 1e-5
 
 
 def test_activation_checkpointing_changes_no_gradient(tmp_path):

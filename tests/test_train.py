@@ -1,5 +1,6 @@
 """The system: processes, resuming, stopping, the first step, learning, and what happens to bad input."""
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from ppo import Rollout
 from reward import ActorCritic, RewardModel, build_models
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMINGS = {"generate_seconds", "update_seconds"}
+TIMINGS = {"sample_seconds", "score_seconds", "update_seconds"}
 
 
 def ppo_flags(tiny, out, **more):
@@ -162,11 +163,12 @@ def test_nan_stops_the_run_and_overwrites_nothing(tiny, tmp_path, monkeypatch, o
     """CHECKS 34. The message names the step and the tensor; the checkpoint of step 2 stays as it was."""
     cfg = train.parse(ppo_flags(tiny, tmp_path / "ppo", save_every=1))
     run, inputs = train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"])
-    collect = train.collect
+    collect, steps = train.collect, itertools.count(1)
 
-    def poisoned(cfg, step, *args):
-        rollout, gap = collect(cfg, step, *args)
-        return (dataclasses.replace(rollout, ref_logprobs=rollout.ref_logprobs * float("nan")) if step == 3 else rollout), gap
+    def poisoned(*args):
+        rollout, gap = collect(*args)
+        poison = float("nan") if next(steps) == 3 else 1.0
+        return dataclasses.replace(rollout, ref_logprobs=rollout.ref_logprobs * poison), gap
 
     monkeypatch.setattr(train, "collect", poisoned)
     with pytest.raises(FloatingPointError, match="step 3: ref_logprobs"):
@@ -423,7 +425,7 @@ def learn(seed, **settings):
     optimizer = torch.optim.AdamW(train.trainable(net), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
     ddp, scores, kl = train.wrap(net, "cpu").eval(), [], []
     for step in range(1, cfg.steps + 1):
-        rollout, _ = train.collect(cfg, step, net, reward_model, inputs)
+        rollout, _ = train.collect(cfg, net, reward_model, 2, *train.respond(cfg, step, net, inputs))
         rollout, _ = train.with_advantages(cfg, rollout, cfg.kl_coef)
         train.set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
         train.update(cfg, step, ddp, optimizer, rollout, cfg.kl_coef)
