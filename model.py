@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+MAX_LOGITS = 1 << 22       # made at one time, in float32: 16 MiB, which stay in a processor's cache
 BANNED = -1e30  # logit of an id that must not be drawn: probability 0, yet finite, so that 0 * BANNED is 0 and not NaN
 
 
@@ -256,14 +257,13 @@ class FrozenHeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, banned_mask, rows):
-        logprobs, slopes = [], []
-        for h, target in zip(hidden.split(rows), targets[:, None].split(rows)):
-            logits = F.linear(h, weight).float()                                 # (n, V)
-            logp = F.log_softmax(logits if banned_mask is None else logits.masked_fill_(banned_mask, BANNED), dim=-1)
+        logprobs, slopes = [], torch.empty_like(hidden)
+        for h, target, slope in zip(hidden.split(rows), targets[:, None].split(rows), slopes.split(rows)):
+            logp = F.log_softmax(masked_logits(partial(F.linear, weight=weight), h, banned_mask), dim=-1)   # (n, V)
             logprobs.append(logp.gather(-1, target)[:, 0])
             p = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype))
-            slopes.append(p.to(weight.dtype) @ weight)                           # (n, D), of -logp
-        ctx.save_for_backward(torch.cat(slopes))
+            torch.mm(p.to(weight.dtype), weight, out=slope)                      # (n, D), of -logp
+        ctx.save_for_backward(slopes)
         return torch.cat(logprobs)
 
     @staticmethod
@@ -272,35 +272,33 @@ class FrozenHeadLogprobs(torch.autograd.Function):
         return -grad[:, None].to(slopes.dtype) * slopes, None, None, None, None
 
 
-def response_logprobs(head, hidden, targets, banned_mask=None, ref=None, divergence=None, max_logits=1 << 24):
+def response_logprobs(head, hidden, targets, banned_mask=None, ref=None, divergence=None, max_logits=MAX_LOGITS):
     """Log-probability of each target, entropy, and what the reference says of the same positions;
     never all logits at once.
 
     head: the output layer. hidden (N, D): the states that predict the targets (N,). banned_mask (V,) bool: ids that
     the sampler never draws; the same ban applies here, or the ratio of PPO would not be 1. ref: (ref head,
-    ref hidden (N, D)), frozen. divergence: function (logits, ref_logits) -> (N,), differentiated with respect to
-    logits. Logits are made at most `max_logits` at a time, in float32; a head that trains, or a divergence, has them
-    made again in the backward pass. Returns logprobs (N,) [nats], entropy (N,) [nats, detached; None in training, where
-    nobody asks for it], ref_logprobs (N,) or None, divergence (N,) or None.
+    ref hidden (N, D)), frozen. divergence: function of both log-probabilities (n, V) -> (n,), differentiated with
+    respect to the first. Logits are made at most `max_logits` at a time, in float32; a head that trains, or a
+    divergence, has them made again in the backward pass. Returns logprobs (N,) [nats], entropy (N,) [nats, detached;
+    None in training, where nobody asks for it], ref_logprobs (N,) or None, divergence (N,) or None.
     """
     def chunk(hidden, ref_hidden, targets):
-        logits = masked_logits(head, hidden, banned_mask)                        # (n, V)
-        logp = F.log_softmax(logits, dim=-1)
+        logp = F.log_softmax(masked_logits(head, hidden, banned_mask), dim=-1)   # (n, V)
         taken = logp.gather(-1, targets[:, None])[:, 0]
         if training:
             return (taken,)
-        logp = logp.detach()
-        entropy = -(logp.exp() * logp).sum(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         if ref is None:
             return taken, entropy
         with torch.no_grad():
-            ref_logits = masked_logits(ref[0], ref_hidden, banned_mask)
-            ref_taken = F.log_softmax(ref_logits, dim=-1).gather(-1, targets[:, None])[:, 0]
-        return taken, entropy, ref_taken, divergence(logits, ref_logits)
+            ref_logp = F.log_softmax(masked_logits(ref[0], ref_hidden, banned_mask), dim=-1)
+            ref_taken = ref_logp.gather(-1, targets[:, None])[:, 0]
+        return taken, entropy, ref_taken, divergence(logp, ref_logp)
 
     n, training = max(1, max_logits // head.weight.shape[0]), torch.is_grad_enabled() and ref is None
     if training and not head.weight.requires_grad:
-        return FrozenHeadLogprobs.apply(hidden, head.weight, targets, banned_mask, min(n, 512)), None, None, None
+        return FrozenHeadLogprobs.apply(hidden, head.weight, targets, banned_mask, n), None, None, None
     parts = list(zip(hidden.split(n), (hidden if ref is None else ref[1]).split(n), targets.split(n)))
     if len(parts) > 1 and torch.is_grad_enabled():
         outs = [checkpoint(chunk, *part, use_reentrant=False) for part in parts]
@@ -313,7 +311,7 @@ def response_logprobs(head, hidden, targets, banned_mask=None, ref=None, diverge
 def masked_logits(head, hidden, banned_mask=None):
     """float32 logits (.., V) with BANNED at the ids of banned_mask (V,)."""
     logits = head(hidden).float()
-    return logits if banned_mask is None else logits.masked_fill(banned_mask, BANNED)
+    return logits if banned_mask is None else logits.masked_fill_(banned_mask, BANNED)
 
 
 def ban_mask(vocab_size, banned_ids, device="cpu"):

@@ -91,9 +91,13 @@ def exact(name, logits, ref_logits):
     if name not in EXACT:
         raise ValueError(f"no exact divergence called {name}: choose from {', '.join(EXACT)}")
     floor = -1e30      # a logit of -inf: probability 0 with finite arithmetic, so that 0 * log 0 is 0 in gradients too
-    logp = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, dim=-1).clamp(min=floor)
-    logq = F.log_softmax(ref_logits.float() if ref_logits.dtype != torch.float64 else ref_logits,
-                         dim=-1).clamp(min=floor)
+    logp, logq = (F.log_softmax(x if x.dtype == torch.float64 else x.float(), dim=-1).clamp(min=floor)
+                  for x in (logits, ref_logits))
+    return exact_of_logprobs(name, logp, logq)
+
+
+def exact_of_logprobs(name, logp, logq):
+    """`exact` of distributions given by their log-probabilities, all finite."""
     if name == "kl":
         return kl_terms(logp, logq)
     if name == "reverse_kl":

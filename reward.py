@@ -18,6 +18,7 @@ import math
 import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +29,11 @@ from torch import nn
 from data import length_mask, pack, response_states, response_tokens
 from lora import (adapter, adapter_chain, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
                   merged_readers, read_adapter_config, read_tensors, save_lora, targets_of)
-from model import (WEIGHT_FILES, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config,
-                   hf_config_json, hf_name, hf_tensors, load_llama, open_checkpoint, our_name, read_json,
+from model import (MAX_LOGITS, WEIGHT_FILES, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill, fingerprint,
+                   hf_config, hf_config_json, hf_name, hf_tensors, load_llama, open_checkpoint, our_name, read_json,
                    read_model_config, response_logprobs, save_llama, save_shards, save_weights, write_json)
 from ppo import Rollout, join_rollouts
-from regularizers import exact
+from regularizers import exact_of_logprobs
 
 
 def bradley_terry_loss(chosen, rejected):
@@ -132,7 +133,7 @@ class ActorCritic(nn.Module):
                     ref = ref_model.output, states(ref_model.hidden(tokens))
             with adapter(self.policy, self.policy_adapter):
                 flat = response_logprobs(self.policy.output, states(self.policy.hidden(tokens)), targets,
-                                         self.banned_mask, ref, lambda p, q: exact(divergence, p, q))
+                                         self.banned_mask, ref, partial(exact_of_logprobs, divergence))
             if self.critic is not None:
                 with adapter(self.critic, self.value_adapter):
                     value_states = states(self.critic.hidden(tokens))
@@ -281,11 +282,11 @@ def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, chec
     graphs = adapters or len(trained)                                     # forward passes whose graphs live at once
     layer, width = saved_bytes(config, size, full), config.dim * size
     kept = graphs * config.n_layers * (width if checkpointing else layer) + checkpointing * layer
-    chunk = min(response_tokens * config.vocab_size, 1 << 24)
+    chunk = min(response_tokens * config.vocab_size, max(MAX_LOGITS, config.vocab_size))
     return {"frozen weights": weights, "trained weights, gradients, Adam": numbers * 16,
             "copies for autocast": numbers * size if full and size < 4 else 0,
             "activations of a micro-batch": tokens * (kept + 4 * config.ffn_dim * size),
-            "logits, in chunks": chunk * (4 * 4 + size)}
+            "logits, in chunks": chunk * (6 * 4 + size)}
 
 
 def kv_cache_bytes(config, dtype, rows, slots):

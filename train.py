@@ -567,14 +567,17 @@ def chunks(items, size):
 
 
 def check_same_parameters(parameters):
-    """After a stage all processes must hold the same parameters, to the bit."""
+    """Before and after a stage all processes must hold the same parameters, to the bit."""
     sums = gather([p.detach().double().sum().item() for p in parameters])
     if any(s != sums[0] for s in sums):
-        raise RuntimeError("the processes hold different parameters: some step was not the same on all of them")
+        raise RuntimeError("the processes hold different parameters: they have read other files, or done other steps")
 
 
 def wrap(module, device):
-    return DistributedDataParallel(module, device_ids=[device] if device != "cpu" else None,
+    """DistributedDataParallel, without its first broadcast, which copies and sends the frozen trunks too: all processes
+    have read the same files and drawn from the same seed, which is checked (of frozen weights, at the first numbers)."""
+    check_same_parameters([p if p.requires_grad else p.flatten()[:64] for p in module.parameters()])
+    return DistributedDataParallel(module, device_ids=[device] if device != "cpu" else None, init_sync=False,
                                    gradient_as_bucket_view=True)
 
 

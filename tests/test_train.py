@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import train
-from data import Example, pack
+from data import Example, Tokenizer, format_prompt, pack
 from lora import adapter, add_lora, lora_parameters
-from model import Llama, LlamaConfig, ban_mask, save_llama
+from model import Llama, LlamaConfig, ban_mask, read_model_config, save_llama
 from ppo import Rollout
-from reward import ActorCritic, RewardModel, build_models
+from reward import ActorCritic, RewardModel, build_models, save_reward_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMINGS = {"sample_seconds", "score_seconds", "update_seconds"}
@@ -717,3 +717,48 @@ def test_what_autograd_keeps_is_what_the_estimate_says(one_process):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), adapter(model, "policy"):
             hidden = model.hidden(torch.randint(0, 64, (2, 64)))
         assert sum(kept.values()) / (2 * 64 * 3) == pytest.approx(saved_bytes(config, dtype.itemsize), rel=0.1)
+
+
+RESIDENT = """
+import sys, train
+resident = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+before = resident("VmRSS")
+train.main(sys.argv[1:])
+print("resident", resident("VmHWM") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def size_m(tmp_path_factory):
+    """Two random trunks of width 512, 8 layers and 32000 ids, and prompts of about 62 tokens."""
+    folder, config = tmp_path_factory.mktemp("m"), LlamaConfig(32000, 512, 8, 8, 8, 1376, max_seq_len=256)
+    torch.manual_seed(0)
+    save_llama(Llama(config), folder / "sft")
+    save_reward_model(RewardModel(Llama(config, lm_head=False)), folder / "reward")
+    for name in ("sft", "reward"):
+        shutil.copy(ROOT / "toy" / "tokenizer.model", folder / name)
+    rows, tokenizer = [], Tokenizer(ROOT / "toy" / "tokenizer.model")
+    for word in ("red", "blue", "tree", "house", "cat", "dog", "sun", "moon"):
+        text = word
+        while len(tokenizer.encode(format_prompt(f"{text} {word}"), bos=True)) <= 64:
+            text += f" {word}"
+        rows.append({"instruction": text, "input": "", "output": ""})
+    (folder / "prompts.json").write_text(json.dumps(rows))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident size is read from Linux's /proc")
+@pytest.mark.parametrize("more", [[], ["--checkpoint_activations"], ["--dtype=bfloat16"]])
+def test_the_memory_estimate_is_the_resident_size_within_a_tenth(more, size_m, tmp_path):
+    """A PPO step in a process whose C library hands freed memory back (it keeps fragments otherwise), against the estimate."""
+    flags = [f"--{k}={v}" for k, v in dict(
+        stage="ppo", model=size_m / "sft", reward=size_m / "reward", prompts=size_m / "prompts.json", out=tmp_path / "out",
+        steps=1, rollout_batch=8, minibatch=8, micro_batch=8, prompt_len=64, response_len=96, warmup_steps=1).items()] + more
+    cfg = train.parse(flags)
+    memory = next(m for name, _, m in train.layouts(cfg, "ppo", read_model_config(size_m / "sft"), cfg.trunk_dtype("cpu"), 8)
+                  if name == "two trunks")
+    out = subprocess.run([sys.executable, "-c", RESIDENT, *flags], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
+    resident = int(out.stdout.rsplit("resident", 1)[1])
+    assert train.peak(memory) == pytest.approx(resident, rel=0.1), (memory, resident)
