@@ -406,8 +406,9 @@ class Program:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
+        dtype = args.peer_dtype or args.dtype if side == "peer" else args.dtype
         command = [python, str(Path(__file__).resolve()), "--worker", f"--side={side}", f"--job={job}",
-                   f"--size={size}", f"--processes={processes}", f"--dtype={args.dtype}", f"--threads={args.threads}"]
+                   f"--size={size}", f"--processes={processes}", f"--dtype={dtype}", f"--threads={args.threads}"]
         command += ["--checkpointing"] * args.checkpointing + ["--one_trunk"] * args.one_trunk
         self.log = (open(Path(args.logs) / f"{side}-{job}-{size}-{processes}.log", "w") if args.logs
                     else subprocess.DEVNULL)
@@ -512,6 +513,7 @@ def main():
     parser.add_argument("--one_trunk", action="store_true",
                         help="of the PPO step: policy, value and reward as adapters on one trunk")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peer_dtype", choices=("float32", "bfloat16"), help="another than --dtype, for the peers")
     parser.add_argument("--peer_python", default=sys.executable, help="python of the environment that has the peers")
     parser.add_argument("--growth", action="store_true",
                         help="time per token and memory against the batch, instead of the table")
@@ -521,7 +523,8 @@ def main():
         Path(args.logs).mkdir(parents=True, exist_ok=True)
     if args.growth:
         return growth(args)
-    print(f"torch {torch.__version__}, {args.dtype}, "
+    print(f"torch {torch.__version__}, {args.dtype}"
+          f"{f' beside {args.peer_dtype}' if args.peer_dtype else ''}, "
           f"{torch.cuda.get_device_name() if CUDA else f'{os.cpu_count()} cores'}; "
           "median (least-most) of "
           f"{args.repetitions}; "
@@ -531,7 +534,7 @@ def main():
     for job in args.jobs:
         for size in args.sizes:
             for processes in args.processes:
-                if not (size == "135M" and job in ("ppo", "update", "score")):
+                if (size, job) != ("135M", "ppo") or args.jobs == ["ppo"]:      # (that takes minutes: on demand)
                     report(job, size, processes, args)
 
 
