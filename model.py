@@ -76,7 +76,7 @@ class Normalise(torch.autograd.Function):
 
         d(r x_i)/dx_j = r (i = j) - r^3 x_i x_j / D        so        dx = r (g - r^2 x mean(g x))
 
-    Written out it is a third faster than what autograd would do, and keeps x as it is, not float32 copies.
+    Written out it takes fewer passes over memory than autograd's, and keeps x as it is, not float32 copies.
     """
 
     @staticmethod
@@ -338,9 +338,9 @@ class KVCache:
         if self.lengths is None:
             return positions                                                      # the prompts: 0..T-1
         slots = torch.arange(self.used + 1, device=positions.device)
-        hidden = (slots > self.lengths[:, None])[:, None, None]                   # (B, 1, 1, S)
+        unseen = (slots > self.lengths[:, None])[:, None, None]                   # (B, 1, 1, S)
         # added to the scores; made once a step, where a bool mask would be turned into this one in each layer
-        self.mask = torch.zeros_like(hidden, dtype=self.k[0].dtype).masked_fill_(hidden, -math.inf)
+        self.mask = torch.zeros_like(unseen, dtype=self.k[0].dtype).masked_fill_(unseen, -math.inf)
         return self.lengths[:, None]
 
     def update(self, layer, k, v):

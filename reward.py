@@ -286,6 +286,7 @@ def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, chec
     return {"frozen weights": weights, "trained weights, gradients, Adam": numbers * 16,
             "copies for autocast": numbers * size if full and size < 4 else 0,
             "activations of a micro-batch": tokens * (kept + 4 * config.ffn_dim * size),
+            # scoring holds six float32 tensors at once: two log-probabilities, p, their difference, products
             "logits, in chunks": chunk * (6 * 4 + size)}
 
 

@@ -392,7 +392,8 @@ class Run:
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "previous", ignore_errors=True)
         shares = f" ({shares_of(summary['phases'])})" if "phases" in summary else ""
-        say(f"{self.stage}: {summary['steps']} steps in {clock(summary['seconds'])}{shares}, written to {self.folder}\n")
+        say(f"{self.stage}: {summary['steps']} steps in {clock(summary['seconds'])}{shares}, "
+            f"written to {self.folder}\n")
         dist.barrier()
 
     def set_aside(self):
@@ -575,7 +576,7 @@ def check_same_parameters(parameters):
 
 def wrap(module, device):
     """DistributedDataParallel, without its first broadcast, which copies and sends the frozen trunks too: all processes
-    have read the same files and drawn from the same seed, which is checked (of frozen weights, at the first numbers)."""
+    have read the same files and drawn from the same seed, which is checked (frozen weights: at their first numbers)."""
     check_same_parameters([p if p.requires_grad else p.flatten()[:64] for p in module.parameters()])
     return DistributedDataParallel(module, device_ids=[device] if device != "cpu" else None, init_sync=False,
                                    gradient_as_bucket_view=True)

@@ -342,7 +342,7 @@ def gradients(out, grad, *inputs):
     return torch.autograd.grad(out, inputs, grad)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])   # (8 and 2.5 roundings)
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_the_norms_gradient_is_that_of_its_formula_in_float64(dtype, tolerance, eps):
     """Rows of very different size, so that eps counts for some and not for others."""

@@ -97,6 +97,16 @@ def test_processes_that_disagree_are_found_out(monkeypatch, one_process):
         train.check_same_parameters([torch.ones(3)])
 
 
+def test_frozen_weights_are_compared_before_training_too(monkeypatch, one_process):
+    """Nothing is broadcast: a process that has read another base model must be found out."""
+    seen, net = [], torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1, bias=False))
+    net[0].weight.data.fill_(3.0)
+    net[0].requires_grad_(False)
+    monkeypatch.setattr(train, "gather", lambda x: [seen.append(x) or x])
+    train.wrap(net, "cpu")
+    assert seen == [[12.0, net[1].weight.double().sum().item()]]
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_continues_bit_for_bit(tiny, whole_run, tmp_path, sent):
     """CHECKS 32, 34. SIGTERM (as Ctrl-C) finishes the step and writes a checkpoint; kill -9 loses what came after the last
@@ -760,5 +770,6 @@ def test_the_memory_estimate_is_the_resident_size_within_a_tenth(more, size_m, t
                   if name == "two trunks")
     out = subprocess.run([sys.executable, "-c", RESIDENT, *flags], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
+    assert out.returncode == 0, out.stderr
     resident = int(out.stdout.rsplit("resident", 1)[1])
     assert train.peak(memory) == pytest.approx(resident, rel=0.1), (memory, resident)
