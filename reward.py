@@ -29,9 +29,10 @@ from torch import nn
 from data import length_mask, pack, response_states, response_tokens
 from lora import (adapter, adapter_chain, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
                   merged_readers, read_adapter_config, read_tensors, save_lora, targets_of)
-from model import (MAX_LOGITS, WEIGHT_FILES, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill, fingerprint,
-                   hf_config, hf_config_json, hf_name, hf_tensors, load_llama, open_checkpoint, our_name, read_json,
-                   read_model_config, response_logprobs, save_llama, save_shards, save_weights, write_json)
+from model import (MAX_LOGITS, WEIGHT_FILES, Linear, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill,
+                   fingerprint, hf_config, hf_config_json, hf_name, hf_tensors, load_llama, open_checkpoint, our_name,
+                   packed_weights, read_json, read_model_config, response_logprobs, save_llama, save_shards,
+                   save_weights, write_json)
 from ppo import Rollout, join_rollouts
 from regularizers import exact_of_logprobs
 
@@ -153,7 +154,7 @@ def by_length(prompts, responses, size):
 def score_responses(reward_model, prompts, responses, eos_id, micro_batch):
     """The reward model's score of each response, ids in -> (B,) float32 on the CPU."""
     device, scores = reward_model.trunk.device, torch.zeros(len(prompts))
-    with eval_mode(reward_model):
+    with eval_mode(reward_model), packed_weights(reward_model):
         for index in by_length(prompts, responses, micro_batch):
             tokens, prompt_lengths, lengths = pack([prompts[i] for i in index], [responses[i] for i in index])
             scores[index] = reward_model.scores(tokens.to(device), (prompt_lengths + lengths).to(device), eos_id).cpu()
@@ -169,7 +170,7 @@ def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
     device = net.policy.device
     scores = score_responses(reward_model, prompts, responses, eos_id, micro_batch)
     groups, parts = by_length(prompts, responses, micro_batch), []
-    with eval_mode(net):
+    with eval_mode(net), packed_weights(net):
         for index in groups:
             batch = [x.to(device) for x in pack([prompts[i] for i in index], [responses[i] for i in index])]
             out = net(*batch, divergence="kl")
@@ -249,6 +250,12 @@ def load_policy(net, folder):
 
 # ------------------------------------------------------------------------------------------------------ memory ahead
 
+def linear_parameters(config, lm_head=True):
+    """How many of a LLaMA's parameters are weights of linear layers: those of which packed_weights keeps copies."""
+    with torch.device("meta"):
+        return sum(m.weight.numel() for m in Llama(config, lm_head).modules() if isinstance(m, Linear))
+
+
 def count_parameters(config, lm_head=True, rank=0):
     """(parameters of a LLaMA, parameters of one adapter of this rank on it), counted on tensors without storage."""
     with torch.device("meta"):
@@ -268,12 +275,12 @@ def saved_bytes(config, size, full=False):
     return kept + full * size * (3 * c.dim + c.ffn_dim)
 
 
-def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, checkpointing, response_tokens):
+def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, checkpointing, response_tokens, packed):
     """Bytes of one process that trains: weights, what the optimiser keeps, activations, logits. -> {item: bytes}
 
     tokens: of one micro-batch, padding included; response_tokens: those of them that need logits. frozen: per frozen
     trunk (whether it has an output matrix, its dtype); trained: per trunk of which all weights train, whether it has an
-    output matrix; adapters: how many of this rank train instead.
+    output matrix; adapters: how many of this rank train instead; packed: whether model.packed_weights makes copies.
     """
     size, full = dtype.itemsize, not adapters
     one_adapter = count_parameters(config, rank=rank)[1]
@@ -283,7 +290,13 @@ def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, chec
     layer, width = saved_bytes(config, size, full), config.dim * size
     kept = graphs * config.n_layers * (width if checkpointing else layer) + checkpointing * layer
     chunk = min(response_tokens * config.vocab_size, max(MAX_LOGITS, config.vocab_size))
-    return {"frozen weights": weights, "trained weights, gradients, Adam": numbers * 16,
+    # packed on first use: for the gradient, too, if adapters train; none in autocast, which full training in bf16 is
+    packs = packed * (2 if adapters else size == 4)
+    copies = sum(linear_parameters(config, lm_head and response_tokens) * kept_in.itemsize
+                 for lm_head, kept_in in frozen)
+    return {"frozen weights": weights, "packed copies of them": packs * copies,
+            "packed copies while sampling": packs * linear_parameters(config) * 4 if True in trained else 0,
+            "trained weights, gradients, Adam": numbers * 16,
             "copies for autocast": numbers * size if full and size < 4 else 0,
             "activations of a micro-batch": tokens * (kept + 4 * config.ffn_dim * size),
             # scoring holds six float32 tensors at once: two log-probabilities, p, their difference, products

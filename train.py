@@ -41,8 +41,8 @@ from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, loa
                   load_prompts, load_sft, pack, permutation, split_by_instruction)
 from eval import accuracy_report, check_rows, evaluate, load_run, pair_accuracy, report, score_pairs, summarise
 from lora import add_lora, base_folder, lora_parameters, merge_lora
-from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, read_json, read_model_config, save_llama,
-                   write_json)
+from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, packed_weights, read_json,
+                   read_model_config, save_llama, write_json)
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards,
                  value_loss, whiten)
 from regularizers import EXACT, SAMPLED, sampled
@@ -694,8 +694,9 @@ def sft(run, inputs, device, stopper):
         return -masked_mean(logprobs, length_mask(lengths, logprobs.shape[1]))
 
     trunks = [] if full else [fingerprint(model)]
-    steps, seconds = supervised(run, ddp, trunks, inputs.examples, lambda e: len(e.prompt) + len(e.response),
-                                lambda e: len(e.response), loss_of, stopper)
+    with packed_weights(net):
+        steps, seconds = supervised(run, ddp, trunks, inputs.examples, lambda e: len(e.prompt) + len(e.response),
+                                    lambda e: len(e.response), loss_of, stopper)
     if not full:
         merge_lora(model, "sft")
     if is_main():
@@ -728,9 +729,10 @@ def reward(run, inputs, device, stopper):
         return bradley_terry_loss(chosen, rejected)
 
     trunks = [] if full else [fingerprint(trunk)]
-    steps, seconds = supervised(run, ddp, trunks, inputs.pairs,
-                                lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)),
-                                lambda p: 1, loss_of, stopper)
+    with packed_weights(model):
+        steps, seconds = supervised(run, ddp, trunks, inputs.pairs,
+                                    lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)),
+                                    lambda p: 1, loss_of, stopper)
     mine = inputs.held_out[rank()::world_size()]
     scored = sum(gather(score_pairs(model, mine, inputs.tokenizer.eos_id, cfg.micro_batch)), [])
     # only differences of scores are learned: centre them, and PPO's critic starts from a fair 0
@@ -912,21 +914,23 @@ def ppo(run, inputs, device, stopper):
         first = restore(checkpoint, parameters, optimizer, trunks) if checkpoint else 0
     kl_coef, start = checkpoint["kl_coef"] if checkpoint else cfg.kl_coef, time.time()
     ddp, records, spent = wrap(net, device).eval(), None, dict.fromkeys(PHASES, 0.0)
-    for step in range(first + 1, cfg.steps + 1):
-        row, rollout = ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef)
-        spent = {phase: round(seconds + row[f"{phase}_seconds"], 3) for phase, seconds in spent.items()}
-        if step == 1:
-            check_first_step(rollout, row, cfg.trunk_dtype(device), cfg.lora_dropout)
-        if cfg.kl_target:
-            kl_coef = adapt_kl_coef(kl_coef, row["kl_per_sequence"], cfg.kl_target, cfg.kl_horizon, cfg.rollout_batch)
-        run.append("metrics.jsonl", row)
-        say(step_line(row, cfg.steps, (time.time() - start) / (step - first) * (cfg.steps - step)))
-        if step == 1 or step % 10 == 0:
-            log_samples(run, step, rollout, inputs.tokenizer)
-        if cfg.eval_every and step % cfg.eval_every == 0 and inputs.eval_rows:
-            records = evaluation(cfg, inputs, net, reward_model, records)
-            log_evaluation(run, step, summarise(records))
-        save_and_stop(run, step, parameters, optimizer, stopper, kl_coef=kl_coef, trunks=trunks)
+    with packed_weights(net, reward_model):
+        for step in range(first + 1, cfg.steps + 1):
+            row, rollout = ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef)
+            spent = {phase: round(seconds + row[f"{phase}_seconds"], 3) for phase, seconds in spent.items()}
+            if step == 1:
+                check_first_step(rollout, row, cfg.trunk_dtype(device), cfg.lora_dropout)
+            if cfg.kl_target:
+                kl_coef = adapt_kl_coef(kl_coef, row["kl_per_sequence"], cfg.kl_target, cfg.kl_horizon,
+                                        cfg.rollout_batch)
+            run.append("metrics.jsonl", row)
+            say(step_line(row, cfg.steps, (time.time() - start) / (step - first) * (cfg.steps - step)))
+            if step == 1 or step % 10 == 0:
+                log_samples(run, step, rollout, inputs.tokenizer)
+            if cfg.eval_every and step % cfg.eval_every == 0 and inputs.eval_rows:
+                records = evaluation(cfg, inputs, net, reward_model, records)
+                log_evaluation(run, step, summarise(records))
+            save_and_stop(run, step, parameters, optimizer, stopper, kl_coef=kl_coef, trunks=trunks)
     check_same_parameters(parameters)
     if is_main():
         save_policy(net, run.folder / "policy", cfg.input_model("ppo"))
@@ -1124,7 +1128,8 @@ def dry_run(cfg, inputs, stages):
     if not stages:
         return say(f"dry run: all stages are finished in {cfg.out}, there is nothing to train")
     config = read_model_config(base_folder(cfg.model)) if cfg.model else TOY_MODEL
-    dtype, total = cfg.trunk_dtype("cuda" if torch.cuda.is_available() else "cpu"), count_parameters(config)[0]
+    device, total = "cuda" if torch.cuda.is_available() else "cpu", count_parameters(config)[0]
+    dtype = cfg.trunk_dtype(device)
     say(f"dry run: {world_size()} process{'es' * (world_size() > 1)}, frozen weights in {dtype}, "
         f"{total:,} parameters in the model\n")
     rows = {"sft": inputs.examples, "reward": inputs.pairs, "ppo": inputs.prompts}
@@ -1136,7 +1141,7 @@ def dry_run(cfg, inputs, stages):
             f"({steps * batch / len(rows[stage]):.1f} passes)"
             + (f", {cfg.ppo_epochs * cfg.rollout_batch // cfg.minibatch} optimiser steps each"
                if stage == "ppo" else ""))
-        for layout, trained, memory in layouts(cfg, stage, config, dtype, rank):
+        for layout, trained, memory in layouts(cfg, stage, config, dtype, rank, device):
             say(f"  {layout}: {trained:,} parameters are trained ({100 * trained / total:.3f} % of the model's)")
             for item, n in memory.items():
                 say(f"    {item:44}{n / 1e9:10.3f} GB")
@@ -1146,7 +1151,7 @@ def dry_run(cfg, inputs, stages):
         "GPU needs for itself (about 0.5 GB) comes on top.")
 
 
-def layouts(cfg, stage, config, dtype, rank):
+def layouts(cfg, stage, config, dtype, rank, device):
     """The ways to hold a stage's models: (name, trained parameters, memory by item);
     for PPO both, whatever --reward is."""
     adapter = count_parameters(config, rank=rank)[1]
@@ -1154,7 +1159,8 @@ def layouts(cfg, stage, config, dtype, rank):
     tokens = cfg.micro_batch * length * (2 if stage == "reward" else 1)
     respond = {"sft": cfg.micro_batch * cfg.max_len, "reward": 0, "ppo": cfg.micro_batch * cfg.response_len}[stage]
     memory = lambda frozen, trained, adapters: training_memory(
-        config, dtype, tokens, rank, frozen, trained, adapters, cfg.checkpoint_activations, respond)
+        config, dtype, tokens, rank, frozen, trained, adapters, cfg.checkpoint_activations, respond,
+        packed=device == "cpu")
     if stage != "ppo":
         lm_head = stage == "sft" or bool(rank)
         trained = adapter if rank else count_parameters(config, lm_head)[0]

@@ -23,6 +23,7 @@ Decoding on a GPU is bound by reading: `bandwidth` is the weights and the keys a
 over what a copy reaches.
 """
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -143,6 +144,7 @@ def our_generate(size, s, args, rank):
 def our_update(size, s, args, rank):
     """LoRA r 8 on wq wk wv wo, the loss over all positions, AdamW: the body of train.py's sft stage."""
     from lora import add_lora
+    from model import packed_weights
     from reward import ActorCritic
     from train import trainable, wrap
     policy = our_model(size, args.torch_dtype)
@@ -154,6 +156,8 @@ def our_update(size, s, args, rank):
     rows = s["batch"] // args.processes
     tokens = torch.tensor(random_prompts(size, rows, s["length"], rank), device=policy.device)
     one, rest = (torch.full((rows,), n, device=policy.device) for n in (1, s["length"] - 1))
+
+    args.until_the_end.enter_context(packed_weights(net))
 
     def step():
         (-module(tokens, one, rest).logprobs.mean()).backward()
@@ -173,7 +177,7 @@ def our_ppo(size, s, args, rank):
     """train.ppo_step itself, on random models: two trunks, or one on which policy, value and reward are adapters."""
     import train
     from lora import add_lora
-    from model import ban_mask
+    from model import ban_mask, packed_weights
     from reward import ActorCritic, RewardModel
     from types import SimpleNamespace
     device = "cuda:0" if CUDA else "cpu"
@@ -197,6 +201,8 @@ def our_ppo(size, s, args, rank):
     inputs = SimpleNamespace(prompts=random_prompts(size, 2 * s["batch"], s["prompt"], 0), banned_ids=[0, 1],
                              tokenizer=SimpleNamespace(eos_id=-1))
     ddp, parts, number = train.wrap(net, device).eval(), [], iter(range(1, 1000))
+
+    args.until_the_end.enter_context(packed_weights(net, reward))
 
     def step():
         row, _ = train.ppo_step(cfg, next(number), net, ddp, reward, optimizer, inputs, 0.02)
@@ -385,7 +391,7 @@ def work(args):
         forget_peak() if "start" in state else None
         state["start"] = time.perf_counter()
 
-    args.next_turn = next_turn
+    args.next_turn, args.until_the_end = next_turn, contextlib.ExitStack()
     kind = "generate" if args.job == "uneven" else args.job
     step = state["step"] = globals()[f"{'our' if args.side == 'ours' else 'peer'}_{kind}"](args.size, shape, args, rank)
     if args.side == "peer" and args.job == "ppo":

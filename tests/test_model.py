@@ -5,6 +5,9 @@ expected logits come from and how the weights are made.
 """
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from golden.make_golden import CASES, GREEDY_PROMPTS, GREEDY_STEPS, SIZES, formula_weights, weight_shapes, write_model
-from model import (Llama, LlamaConfig, RMSNorm, generate, load_llama, response_logprobs, rope_angles, rotate, sample,
-                   save_llama)
+from lora import adapter, add_lora, lora_parameters
+from model import (Linear, Llama, LlamaConfig, RMSNorm, generate, load_llama, packed_weights, response_logprobs, rope_angles,
+                   rotate, sample, save_llama)
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "real"
@@ -384,6 +388,116 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
         model(tokens).log_softmax(-1)[..., 5].mean().backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
     assert all(largest(grads[0][name] - g) <= 1e-6 and g.abs().max() > 0 for name, g in grads[1].items())
+
+
+# ---------------------------------------------------------------------------------------------------- packed weights
+
+can_pack = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN, so nothing is packed")
+
+
+def copies_of(model):
+    return [m.copies for m in model.modules() if isinstance(m, Linear)]
+
+
+@can_pack
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rows", [1, 3, 64, 700])
+def test_packed_products_and_their_gradient_are_the_plain_ones(rows, dtype, tolerance):
+    """Against float64, with and without a graph, on a view that is not contiguous."""
+    torch.manual_seed(0)
+    layer = Linear(48, 80).requires_grad_(False).to(dtype)
+    x, grad = torch.randn(48, rows, 2).to(dtype).permute(1, 2, 0).requires_grad_(), torch.randn(rows, 2, 80).to(dtype)
+    w64 = layer.weight.double()
+    with packed_weights(layer):
+        out = layer(x)
+        dx, = torch.autograd.grad(out, x, grad)
+        with torch.no_grad():
+            same = layer(x)
+        assert set(layer.copies) == {False, True}
+    assert out.shape == (rows, 2, 80) and out.dtype == dx.dtype == dtype and torch.equal(out, same)
+    assert largest(out.double() - x.double() @ w64.T) <= tolerance * largest(x.double() @ w64.T)
+    assert largest(dx.double() - grad.double() @ w64) <= tolerance * largest(grad.double() @ w64)
+
+
+@can_pack
+def test_a_whole_model_with_adapters_is_the_same_packed(tmp_path):
+    """Log-probabilities of the frozen head, gradients of every adapter, with activation checkpoints and without: 1e-5."""
+    model, tokens = golden_model("gqa", tmp_path), golden("gqa")["tokens"]
+    add_lora(model, "policy", r=4, alpha=8)
+    for p in lora_parameters(model, "policy"):
+        torch.nn.init.normal_(p, std=0.1)
+    results = []
+    for packed, checkpoints in ((False, False), (True, False), (True, True)):
+        model.checkpoint_activations = checkpoints
+        model.zero_grad()
+        with packed_weights(*[model] * packed), adapter(model, "policy"):
+            logprobs = response_logprobs(model.output, model.hidden(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())[0]
+            logprobs.mean().backward()
+            assert all(c is None for c in copies_of(model)) is not packed
+        results.append([logprobs.detach(), *[p.grad.clone() for p in lora_parameters(model, "policy")]])
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert largest(expected) > 0 and largest(got - expected) <= 1e-5
+
+
+@can_pack
+def test_packed_copies_are_of_frozen_weights_and_gone_afterwards():
+    """A copy of weights that train would be stale after the first step, and one that outlives its use holds memory."""
+    torch.manual_seed(0)
+    frozen, training = Linear(8, 8).requires_grad_(False), Linear(8, 8)
+    x, two = torch.randn(4, 8), torch.nn.ModuleList((frozen, training))
+    with packed_weights(two):
+        with packed_weights(two):                              # the inner one finds all done, and undoes nothing
+            pass
+        assert frozen.copies == {} and training.copies is None
+        out = frozen(training(x))
+        out.sum().backward()
+        with torch.no_grad():
+            training.weight.mul_(2)
+        assert torch.allclose(frozen(training(x)), 2 * out, atol=1e-6) and training.weight.grad.abs().sum() > 0
+    with pytest.raises(KeyboardInterrupt), packed_weights(two, frozen_only=False):
+        assert copies_of(two) == [{}, {}]
+        training.weight.grad = None
+        training(x).sum().backward()                           # .. and no gradient is lost, whatever was asked for
+        assert training.weight.grad.abs().sum() > 0
+        raise KeyboardInterrupt
+    assert copies_of(two) == [None, None]
+
+
+@can_pack
+def test_generation_packs_for_itself_and_sees_weights_that_changed(tmp_path):
+    model = golden_model("gqa", tmp_path)
+    calls = []
+    model.output.register_forward_hook(lambda layer, *_: calls.append(layer.copies))
+    before = generate(model, [[1, 5, 9]], 8, temperature=0)
+    with torch.no_grad():
+        model.output.weight.neg_()
+    after = generate(model, [[1, 5, 9]], 8, temperature=0)
+    assert all(c is not None and set(c) == {False} for c in calls)
+    assert before != after and copies_of(model)[-1] is None
+
+
+@can_pack
+def test_autocast_goes_before_packing():
+    """Autocast lowers the precision of torch's own products; a packed float32 product would not notice it."""
+    layer, x = Linear(16, 16).requires_grad_(False), torch.randn(4, 16, requires_grad=True)
+    with packed_weights(layer), torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+        out.sum().backward()
+        assert out.dtype == torch.bfloat16 and layer.copies == {} and x.grad is not None
+
+
+@can_pack
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_processor_without_oneDNNs_bf16_computes_without_packing_it(dtype):
+    """oneDNN told to be as it is on AVX2: float32 is packed there, bfloat16 is not, and both work."""
+    code = ("import sys, torch; from model import Linear, packed_weights; "
+            f"layer = Linear(16, 16).to({dtype}); x = torch.ones(2, 16, dtype={dtype})\n"
+            "with packed_weights(layer, frozen_only=False): layer(x); print(layer.copies is None)")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+                         env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == str(dtype == torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------- chunked log-probs

@@ -698,7 +698,7 @@ def test_memory_of_7b_by_item():
     token, layer and trunk."""
     flags = ["--model=x", "--stage=ppo", "--dtype=bfloat16", "--checkpoint_activations", "--micro_batch=8", "--rollout_batch=128"]
     layouts = {name: (trained, memory) for name, trained, memory
-               in train.layouts(train.parse(flags), "ppo", LlamaConfig(), torch.bfloat16, 8)}
+               in train.layouts(train.parse(flags), "ppo", LlamaConfig(), torch.bfloat16, 8, "cuda")}
     assert layouts["one trunk"][0] == layouts["two trunks"][0] == 16_781_313
     one, two = (layouts[name][1] for name in ("one trunk", "two trunks"))
     assert one["frozen weights"] == 6_738_415_616 * 2
@@ -766,7 +766,7 @@ def test_the_memory_estimate_is_the_resident_size_within_a_tenth(more, size_m, t
         stage="ppo", model=size_m / "sft", reward=size_m / "reward", prompts=size_m / "prompts.json", out=tmp_path / "out",
         steps=1, rollout_batch=8, minibatch=8, micro_batch=8, prompt_len=64, response_len=96, warmup_steps=1).items()] + more
     cfg = train.parse(flags)
-    memory = next(m for name, _, m in train.layouts(cfg, "ppo", read_model_config(size_m / "sft"), cfg.trunk_dtype("cpu"), 8)
+    memory = next(m for name, _, m in train.layouts(cfg, "ppo", read_model_config(size_m / "sft"), cfg.trunk_dtype("cpu"), 8, "cpu")
                   if name == "two trunks")
     out = subprocess.run([sys.executable, "-c", RESIDENT, *flags], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
