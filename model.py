@@ -206,6 +206,17 @@ def packed_weights(*models, frozen_only=True):
             layer.copies = None
 
 
+def attend(q, k, v, mask=None):
+    """softmax(q k' / sqrt d + mask) v; causal without a mask.
+
+    On a CPU in float32 always: there the kernels for bfloat16 take twice the time.
+    """
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return attend(q.float(), k.float(), v.float(), mask if mask is None else mask.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
 class Attention(nn.Module):
     """Causal self-attention; with n_kv_heads < n_heads, each key/value head serves a group of query heads."""
 
@@ -224,8 +235,7 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)               # (B, K, S, d) twice, (B, 1, 1, S) or None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                             enable_gqa=q.shape[1] != k.shape[1])
+        out = attend(q, k, v, mask)                              # (B, H, T, d)
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))
 
 

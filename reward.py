@@ -266,32 +266,33 @@ def count_parameters(config, lm_head=True, rank=0):
     return total, sum(p.numel() for p in lora_parameters(model, "one"))
 
 
-def saved_bytes(config, size, full=False):
+def saved_bytes(config, size, on_cpu, full=False):
     """Bytes that one token in one layer keeps for the backward pass, read off model.Block, at `size` bytes per number:
-    the norms keep their input, the adapters of wq, wk, wv and wo theirs, attention q, k, v and its output, SwiGLU three
-    rows of width F; training all weights adds the inputs of w1 and w3, of w2, and the normed rows."""
+    the norms keep their input, the adapters of wq, wk, wv and wo theirs, attention q, k, v and its output (on a CPU in
+    float32), SwiGLU three rows of width F; training all weights adds the inputs of w1 and w3, of w2, and the normed
+    rows."""
     c, heads, kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    kept = size * (3 * c.dim + 3 * heads + 2 * kv + 3 * c.ffn_dim)
+    kept = size * (3 * c.dim + heads + 3 * c.ffn_dim) + (4 if on_cpu and not full else size) * (2 * heads + 2 * kv)
     return kept + full * size * (3 * c.dim + c.ffn_dim)
 
 
-def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, checkpointing, response_tokens, packed):
+def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, checkpointing, response_tokens, on_cpu):
     """Bytes of one process that trains: weights, what the optimiser keeps, activations, logits. -> {item: bytes}
 
     tokens: of one micro-batch, padding included; response_tokens: those of them that need logits. frozen: per frozen
     trunk (whether it has an output matrix, its dtype); trained: per trunk of which all weights train, whether it has an
-    output matrix; adapters: how many of this rank train instead; packed: whether model.packed_weights makes copies.
+    output matrix; adapters: how many of this rank train instead; on_cpu: where model.packed_weights makes copies.
     """
     size, full = dtype.itemsize, not adapters
     one_adapter = count_parameters(config, rank=rank)[1]
     weights = sum(count_parameters(config, lm_head)[0] * kept_in.itemsize for lm_head, kept_in in frozen)
     numbers = adapters * one_adapter + sum(count_parameters(config, lm_head)[0] for lm_head in trained)
     graphs = adapters or len(trained)                                     # forward passes whose graphs live at once
-    layer, width = saved_bytes(config, size, full), config.dim * size
+    layer, width = saved_bytes(config, size, on_cpu, full), config.dim * size
     kept = graphs * config.n_layers * (width if checkpointing else layer) + checkpointing * layer
     chunk = min(response_tokens * config.vocab_size, max(MAX_LOGITS, config.vocab_size))
     # packed on first use: for the gradient, too, if adapters train; none in autocast, which full training in bf16 is
-    packs = packed * (2 if adapters else size == 4)
+    packs = on_cpu * (2 if adapters else size == 4)
     copies = sum(linear_parameters(config, lm_head and response_tokens) * kept_in.itemsize
                  for lm_head, kept_in in frozen)
     return {"frozen weights": weights, "packed copies of them": packs * copies,

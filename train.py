@@ -1160,7 +1160,7 @@ def layouts(cfg, stage, config, dtype, rank, device):
     respond = {"sft": cfg.micro_batch * cfg.max_len, "reward": 0, "ppo": cfg.micro_batch * cfg.response_len}[stage]
     memory = lambda frozen, trained, adapters: training_memory(
         config, dtype, tokens, rank, frozen, trained, adapters, cfg.checkpoint_activations, respond,
-        packed=device == "cpu")
+        on_cpu=device == "cpu")
     if stage != "ppo":
         lm_head = stage == "sft" or bool(rank)
         trained = adapter if rank else count_parameters(config, lm_head)[0]
