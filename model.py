@@ -18,6 +18,8 @@ Decisions that are easy to get wrong:
 2. Padding is on the right only. With a causal mask no real token can see it, so training builds no mask at all.
 3. A token costs one uniform number (inverse CDF), keyed by (seed, row): what a row samples depends neither on its
    batch mates nor on how many processes share the work.
+4. Inside `packed_weights` frozen layers multiply by copies of their weights: a weight that is changed there (by merging
+   an adapter, say) changes nothing.
 """
 import hashlib
 import itertools
