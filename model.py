@@ -191,8 +191,8 @@ def packed_weights(*models, frozen_only=True):
     """Inside, on a CPU, linear layers keep a packed copy of their weights, and a second one once a gradient has gone
     through. Weights must not change meanwhile: those that train are left as they are (frozen_only).
 
-    A plain product reads W row by row and puts it in order each time. Without that, thousands of rows are done in .85
-    of the time; the few of decoding, which are soon done with a weight, in less than half.
+    A plain product reads W row by row and puts it in order each time. Without that, thousands of rows are done somewhat
+    sooner; the few of decoding, which are soon done with a weight, much sooner.
     """
     onednn = torch.backends.mkldnn.is_available()
     able = {torch.float32: onednn, torch.bfloat16: onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
@@ -211,7 +211,7 @@ def packed_weights(*models, frozen_only=True):
 def attend(q, k, v, mask=None):
     """softmax(q k' / sqrt d + mask) v; causal without a mask.
 
-    On a CPU in float32 always: there the kernels for bfloat16 take twice the time.
+    On a CPU in float32 always: there the kernels for bfloat16 are slower, most of all when decoding and backward.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return attend(q.float(), k.float(), v.float(), mask if mask is None else mask.float()).to(q.dtype)

@@ -479,7 +479,7 @@ def start_processes():
 def gather(local):
     """One object per process -> the list of all of them, on every process."""
     if world_size() == 1:
-        return [local]      # or gloo copies it on a second set of OpenMP threads, and all later work on the CPU is slowed
+        return [local]      # or gloo copies it on a second set of OpenMP threads, which slows all later work on a CPU
     parts = [None] * world_size()
     dist.all_gather_object(parts, local)
     return parts
