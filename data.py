@@ -286,18 +286,10 @@ def length_mask(lengths, width):
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def response_states(hidden, prompt_lengths, width):
-    """The states that predict the response: (B, T, D) -> (B, width, D);
-    column j comes from index prompt_length + j - 1.
+def response_places(prompt_lengths, response_lengths, width):
+    """Where the responses' tokens are, row after row, among B * width tokens laid end to end -> (N,) int64.
 
-    Columns beyond a row's response hold states of padding: the response mask leaves them out.
+    The states that predict them are one place before.
     """
-    index = prompt_lengths[:, None] - 1 + torch.arange(width, device=hidden.device)
-    index = index.clamp(max=hidden.shape[1] - 1)
-    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-def response_tokens(tokens, prompt_lengths, width):
-    """The response's ids: (B, T) -> (B, width), left-aligned."""
-    index = prompt_lengths[:, None] + torch.arange(width, device=tokens.device)
-    return tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
+    after_prompt = ~length_mask(prompt_lengths, width)
+    return (after_prompt & length_mask(prompt_lengths + response_lengths, width)).flatten().nonzero()[:, 0]

@@ -219,6 +219,11 @@ def attend(q, k, v, mask=None):
                                           enable_gqa=q.shape[1] != k.shape[1])
 
 
+def at(x, read):
+    """The rows `read` (N,) of x (B, T, D), counted through the batch -> (N, D); None: x as it is."""
+    return x if read is None else x.flatten(0, 1).index_select(0, read)
+
+
 class Attention(nn.Module):
     """Causal self-attention; with n_kv_heads < n_heads, each key/value head serves a group of query heads."""
 
@@ -230,7 +235,7 @@ class Attention(nn.Module):
         self.wv = Linear(c.dim, c.n_kv_heads * c.head_dim)
         self.wo = Linear(c.n_heads * c.head_dim, c.dim)
 
-    def forward(self, x, cos, sin, cache=None, layer=0):
+    def forward(self, x, cos, sin, cache=None, layer=0, read=None):
         B, T, _ = x.shape
         q, k, v = (w(x).view(B, T, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)          # (B, H, T, d), (B, K, T, d)
@@ -238,7 +243,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)               # (B, K, S, d) twice, (B, 1, 1, S) or None
         out = attend(q, k, v, mask)                              # (B, H, T, d)
-        return self.wo(out.transpose(1, 2).reshape(B, T, -1))
+        return self.wo(at(out.transpose(1, 2).flatten(2), read))
 
 
 class FeedForward(nn.Module):
@@ -270,8 +275,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.feed_forward = FeedForward(c)
 
-    def forward(self, x, cos, sin, cache=None, layer=0):
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer)
+    def forward(self, x, cos, sin, cache=None, layer=0, read=None):
+        x = at(x, read) + self.attention(self.attention_norm(x), cos, sin, cache, layer, read)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -303,8 +308,9 @@ class Llama(nn.Module):
         if self.output is not None and self.config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
-    def hidden(self, tokens, cache=None):
-        """tokens (B, T) int64 -> (B, T, D), after the final norm.
+    def hidden(self, tokens, cache=None, read=None):
+        """tokens (B, T) int64 -> (B, T, D), after the final norm; or (N, D), the states at the places `read` (N,)
+        int64 among the B * T tokens laid end to end: past its attention, the last layer works for those alone.
 
         With a cache: the first call takes the right-padded prompts, each later call one new token per row.
         """
@@ -317,11 +323,11 @@ class Llama(nn.Module):
         x = self.tok_embeddings(tokens)
         cos, sin = (a[:, None].to(x.dtype) for a in rope_angles(positions, c.head_dim, c.rope_theta))
         for i, layer in enumerate(self.layers):
+            run = layer
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False,
-                               context_fn=lambda: self.checkpoint_context(self))
-            else:
-                x = layer(x, cos, sin, cache, i)
+                run = partial(checkpoint, layer, use_reentrant=False,
+                              context_fn=lambda: self.checkpoint_context(self))
+            x = run(x, cos, sin, cache, i, read if i == c.n_layers - 1 else None)
         return self.norm(x)
 
     def forward(self, tokens):
@@ -551,14 +557,19 @@ def check_generate(model, prompts, limits, temperature, top_p):
         raise ValueError(f"prompt ids must lie in 0..{model.config.vocab_size - 1}, got {highest}: wrong tokenizer?")
 
 
+def last_places(lengths, width):
+    """Where rows of these lengths (B,) end, among B * width tokens laid end to end."""
+    return torch.arange(len(lengths), device=lengths.device) * width + lengths - 1
+
+
 def prefill(model, prompts, slots):
     """Run prompts through the model. -> a cache of so many slots that holds them,
     the state of each last token (B, D)."""
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)
-    cache = KVCache(slots)
-    hidden = model.hidden(pad_right(prompts).to(model.device), cache)            # (B, T, D)
+    cache, tokens = KVCache(slots), pad_right(prompts).to(model.device)
+    states = model.hidden(tokens, cache, last_places(lengths, tokens.shape[1]))
     cache.lengths, cache.used = lengths, int(lengths.max())
-    return cache, hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
+    return cache, states
 
 
 def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs):

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import length_mask, pack, response_states, response_tokens
+from data import length_mask, pack, response_places
 from lora import (adapter, adapter_chain, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
                   merged_readers, read_adapter_config, read_tensors, save_lora, targets_of)
 from model import (MAX_LOGITS, WEIGHT_FILES, Linear, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill,
-                   fingerprint, hf_config, hf_config_json, hf_name, hf_tensors, load_llama, open_checkpoint, our_name,
-                   packed_weights, read_json, read_model_config, response_logprobs, save_llama, save_shards,
-                   save_weights, write_json)
+                   fingerprint, hf_config, hf_config_json, hf_name, hf_tensors, last_places, load_llama,
+                   open_checkpoint, our_name, packed_weights, read_json, read_model_config, response_logprobs,
+                   save_llama, save_shards, save_weights, write_json)
 from ppo import Rollout, join_rollouts
 from regularizers import exact_of_logprobs
 
@@ -78,13 +78,12 @@ class RewardModel(nn.Module):
 
     def scores(self, tokens, lengths, eos_id=2):
         """tokens (B, T) right-padded, lengths (B,) with the EOS counted -> scores (B,), float32."""
-        last = lengths - 1
         if not self.score_eos:
-            ends = tokens.gather(1, last[:, None])[:, 0] == eos_id
-            last = (last - ends.long()).clamp(min=0)
+            ends = tokens.gather(1, lengths[:, None] - 1)[:, 0] == eos_id
+            lengths = (lengths - ends.long()).clamp(min=1)
         with adapter(self.trunk, self.adapter_name), autocast(self.trunk, self.autocast_dtype):
-            hidden = self.trunk.hidden(tokens)                                    # (B, T, D)
-        return self.head(hidden[torch.arange(len(tokens), device=tokens.device), last])
+            states = self.trunk.hidden(tokens, read=last_places(lengths, tokens.shape[1]))       # (B, D)
+        return self.head(states)
 
     forward = scores
 
@@ -123,23 +122,23 @@ class ActorCritic(nn.Module):
     def forward(self, tokens, prompt_lengths, response_lengths, divergence=None):
         """tokens (B, T) right-padded, lengths (B,) -> Evaluation.
         divergence: name of an exact one, needs the reference."""
-        R = int(response_lengths.max())
-        mask = length_mask(response_lengths, R)                                   # (B, R)
-        targets = response_tokens(tokens, prompt_lengths, R)[mask]                # (N,)
-        states = lambda hidden: response_states(hidden, prompt_lengths, R)[mask]  # (B, T, D) -> (N, D)
+        places = response_places(prompt_lengths, response_lengths, tokens.shape[1])              # (N,)
+        targets = tokens.flatten()[places]
+        states = lambda trunk: trunk.hidden(tokens, read=places - 1)                             # (N, D)
         with autocast(self.policy, self.autocast_dtype):
             ref = None
             if divergence:
                 with torch.no_grad(), self.acting(trained=False) as ref_model:
-                    ref = ref_model.output, states(ref_model.hidden(tokens))
+                    ref = ref_model.output, states(ref_model)
             with adapter(self.policy, self.policy_adapter):
-                flat = response_logprobs(self.policy.output, states(self.policy.hidden(tokens)), targets,
-                                         self.banned_mask, ref, partial(exact_of_logprobs, divergence))
+                flat = response_logprobs(self.policy.output, states(self.policy), targets, self.banned_mask, ref,
+                                         partial(exact_of_logprobs, divergence))
             if self.critic is not None:
                 with adapter(self.critic, self.value_adapter):
-                    value_states = states(self.critic.hidden(tokens))
+                    value_states = states(self.critic)
         values = self.value_head(value_states) if self.critic is not None else None
         logprobs, entropy, ref_logprobs, diverged = flat
+        mask = length_mask(response_lengths, int(response_lengths.max()))                        # (B, R)
         return Evaluation(*(x if x is None else torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x)
                             for x in (logprobs, values, entropy, ref_logprobs, diverged)))
 

@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 
 from data import (Tokenizer, batch_indices, format_prompt, length_mask, load_preferences, load_prompts, load_sft, pack,
-                  response_states, response_tokens)
+                  response_places)
 
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "real"
 SENTENCES = ["Below is an instruction that describes a task, paired with an input that provides further context.",
@@ -291,6 +291,7 @@ def test_rows_are_packed_from_the_left_and_each_state_predicts_the_next_token():
     assert prompt_lengths.tolist() == [3, 1] and response_lengths.tolist() == [2, 4]
     mask = length_mask(response_lengths, 4)
     assert mask.dtype == torch.bool and mask.tolist() == [[True, True, False, False], [True, True, True, True]]
-    index = torch.arange(5.0)[None, :, None].expand(2, 5, 1)                                     # each state is its index
-    assert response_states(index, prompt_lengths, 4)[mask].flatten().tolist() == [2, 3, 0, 1, 2, 3]
-    assert response_tokens(tokens, prompt_lengths, 4)[mask].tolist() == [21, 2, 31, 32, 33, 2]
+    places = response_places(prompt_lengths, response_lengths, 5)                                # of 10, row after row
+    assert places.tolist() == [3, 4, 6, 7, 8, 9]
+    assert tokens.flatten()[places].tolist() == [21, 2, 31, 32, 33, 2]
+    assert tokens.flatten()[places - 1].tolist() == [12, 21, 1, 31, 32, 33]

@@ -728,7 +728,7 @@ def test_ended_rows_cost_nothing_for_long(tmp_path, monkeypatch):
     place are wasted, when it ends just after the look around, and the last rows, which end alone."""
     model, rows = golden_model("mha", tmp_path), []
     real = Llama.hidden
-    monkeypatch.setattr(Llama, "hidden", lambda self, tokens, cache=None: rows.append(len(tokens)) or real(self, tokens, cache))
+    monkeypatch.setattr(Llama, "hidden", lambda self, tokens, *more: rows.append(len(tokens)) or real(self, tokens, *more))
     limits = [4] * 32 + [8] * 16 + [32] * 8 + [64] * 8
     generate(model, [[1]] * 64, 64, eos_id=-1, banned_ids=(), batch_size=8, limits=limits)
     assert sum(rows) < 1.5 * sum(limits) < 0.4 * 64 * 64
