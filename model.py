@@ -109,34 +109,17 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions, head_dim, theta):
-    """cos and sin of position * theta^(-2i/d), float32 (RoFormer, eq. 15). positions (...,) -> two of (..., d/2)."""
+    """cos and sin of position * theta^(-2i/d), float32 (RoFormer, eq. 15), as `rotate` wants them: pair i at the places
+    i and i + d/2, sin with a minus at the first. positions (...,) -> two of (..., d)."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * theta ** (-i / head_dim)
-    return angles.cos(), angles.sin()
-
-
-class Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back: the same angles, with -sin."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        out = torch.empty_like(x)
-        (a, b), (new_a, new_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-        torch.mul(a, cos, out=new_a).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=new_b).addcmul_(a, sin)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return Rotate.apply(grad, cos, -sin), None, None
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + d/2}) of every head by its position's angle. x (B, H, T, d);
-    cos, sin (.., T, d/2)."""
-    return Rotate.apply(x, cos, sin)
+    """Turn each pair (x_i, x_{i + d/2}) of every head by its position's angle. x (B, H, T, d); cos, sin (.., T, d)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Linear(nn.Linear):
@@ -208,13 +191,17 @@ def packed_weights(*models, frozen_only=True):
             layer.copies = None
 
 
-def attend(q, k, v, mask=None):
-    """softmax(q k' / sqrt d + mask) v; causal without a mask.
+def attention_dtype(x):
+    """In which attention is computed for states x: in their own or autocast's dtype, but on a CPU in float32 rather
+    than bfloat16, whose kernels are slower there, most of all backward."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.float32 if device == "cpu" and x.dtype == torch.bfloat16 else x.dtype
 
-    On a CPU in float32 always: there the kernels for bfloat16 are slower, most of all when decoding and backward.
-    """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return attend(q.float(), k.float(), v.float(), mask if mask is None else mask.float()).to(q.dtype)
+
+def attend(q, k, v, mask=None):
+    """softmax(q k' / sqrt d + mask) v; causal without a mask."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
@@ -237,12 +224,13 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, layer=0, read=None):
         B, T, _ = x.shape
-        q, k, v = (w(x).view(B, T, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (w(x).to(cos.dtype).view(B, T, -1, self.head_dim).transpose(1, 2)
+                   for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)          # (B, H, T, d), (B, K, T, d)
         mask = None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)               # (B, K, S, d) twice, (B, 1, 1, S) or None
-        out = attend(q, k, v, mask)                              # (B, H, T, d)
+        out = attend(q, k, v, mask).to(x.dtype)                  # (B, H, T, d)
         return self.wo(at(out.transpose(1, 2).flatten(2), read))
 
 
@@ -335,7 +323,7 @@ class Llama(nn.Module):
         if positions.shape[1] > c.max_seq_len:
             raise ValueError(f"{positions.shape[1]} tokens are more than max_seq_len {c.max_seq_len} of this model")
         x = self.tok_embeddings(tokens)
-        cos, sin = (a[:, None].to(x.dtype) for a in rope_angles(positions, c.head_dim, c.rope_theta))
+        cos, sin = (a[:, None].to(attention_dtype(x)) for a in rope_angles(positions, c.head_dim, c.rope_theta))
         for i, layer in enumerate(self.layers):
             run = layer
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -435,7 +423,7 @@ class KVCache:
 
     def __init__(self, slots):
         self.slots = slots       # prompt and new tokens of the longest row
-        self.k, self.v = [], []  # per layer (B, K, slots, d), in the dtype in which they are computed
+        self.k, self.v = [], []  # per layer (B, K, slots, d), in the dtype of attention
         self.lengths = None      # (B,) tokens stored per row, set after the prompts are in
         self.used = 0            # no row is longer than this
         self.mask = None
