@@ -266,13 +266,17 @@ def count_parameters(config, lm_head=True, rank=0):
 
 
 def saved_bytes(config, size, on_cpu, full=False):
-    """Bytes that one token in one layer keeps for the backward pass, read off model.Block, at `size` bytes per number:
-    the norms keep their input, the adapters of wq, wk, wv and wo theirs, attention q, k, v and its output (on a CPU in
-    float32), SwiGLU three rows of width F; training all weights adds the inputs of w1 and w3, of w2, and the normed
-    rows."""
+    """Bytes that one token in one layer keeps for the backward pass -> (up to its attention, past it).
+
+    Read off model.Block, at `size` bytes per number: the norm and the adapters of wq, wk and wv keep their input,
+    attention q, k, v and its output, which is wo's input (on a CPU in float32, then wo's once more); the other norm its
+    input, SwiGLU two rows of width F. Training all weights adds the normed rows, the inputs of w1 and w3, and of w2.
+    """
     c, heads, kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    kept = size * (3 * c.dim + heads + 3 * c.ffn_dim) + (4 if on_cpu and not full else size) * (2 * heads + 2 * kv)
-    return kept + full * size * (3 * c.dim + c.ffn_dim)
+    wide = 4 if on_cpu and not full else size
+    to_attention = size * 2 * c.dim + wide * (2 * heads + 2 * kv) + (wide != size) * size * heads
+    past_it = size * (c.dim + 2 * c.ffn_dim)
+    return to_attention + full * size * c.dim, past_it + full * size * (2 * c.dim + c.ffn_dim)
 
 
 def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, checkpointing, response_tokens, on_cpu):
@@ -287,8 +291,11 @@ def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, chec
     weights = sum(count_parameters(config, lm_head)[0] * kept_in.itemsize for lm_head, kept_in in frozen)
     numbers = adapters * one_adapter + sum(count_parameters(config, lm_head)[0] for lm_head in trained)
     graphs = adapters or len(trained)                                     # forward passes whose graphs live at once
-    layer, width = saved_bytes(config, size, on_cpu, full), config.dim * size
-    kept = graphs * config.n_layers * (width if checkpointing else layer) + checkpointing * layer
+    to_attention, past_it = saved_bytes(config, size, on_cpu, full)
+    layer = tokens * (to_attention + past_it)
+    # past its attention, the last layer works for the response alone
+    layers = config.n_layers * layer - (tokens - response_tokens) * past_it
+    kept = graphs * (config.n_layers * tokens * config.dim * size if checkpointing else layers) + checkpointing * layer
     chunk = min(response_tokens * config.vocab_size, max(MAX_LOGITS, config.vocab_size))
     # packed on first use: for the gradient, too, if adapters train; none in autocast, which full training in bf16 is
     packs = on_cpu * (2 if adapters else size == 4)
@@ -298,7 +305,7 @@ def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, chec
             "packed copies while sampling": packs * linear_parameters(config) * 4 if True in trained else 0,
             "trained weights, gradients, Adam": numbers * 16,
             "copies for autocast": numbers * size if full and size < 4 else 0,
-            "activations of a micro-batch": tokens * (kept + 4 * config.ffn_dim * size),
+            "activations of a micro-batch": kept + tokens * 4 * config.ffn_dim * size,
             # scoring holds six float32 tensors at once: two log-probabilities, p, their difference, products
             "logits, in chunks": chunk * (6 * 4 + size)}
 
