@@ -390,6 +390,25 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
     assert all(largest(grads[0][name] - g) <= 1e-6 and g.abs().max() > 0 for name, g in grads[1].items())
 
 
+@pytest.mark.parametrize("checkpoints", (False, True))
+def test_states_that_are_read_are_those_of_the_whole_forward_and_so_are_their_gradients(checkpoints, tmp_path):
+    """Places in any order, one of them twice: transformers' logits there, and the gradients of a loss on all states that
+    weighs the others with 0. The last layer is never larger than what is read."""
+    model, expected = golden_model("gqa", tmp_path), golden("gqa")
+    model.checkpoint_activations = checkpoints
+    tokens, read, weight = expected["tokens"], torch.tensor([33, 0, 63, 5, 33]), torch.randn(5, 64)
+    widths = []
+    model.layers[-1].feed_forward.register_forward_hook(lambda module, inputs, output: widths.append(len(inputs[0])))
+    states = model.hidden(tokens, read=read)
+    assert states.shape == (5, 64) and largest(model.output(states) - expected["logits"].flatten(0, 1)[read]) <= 1e-5
+    names, params = zip(*[(name, p) for name, p in model.named_parameters() if not name.startswith("output.")])
+    got = torch.autograd.grad((states * weight).sum(), params)
+    assert set(widths) == {5}
+    whole = torch.autograd.grad((model.hidden(tokens).flatten(0, 1)[read] * weight).sum(), params)
+    for name, grad, all_states in zip(names, got, whole):
+        assert largest(all_states) > 0 and largest(grad - all_states) <= 1e-5 * largest(all_states), name
+
+
 # ---------------------------------------------------------------------------------------------------- packed weights
 
 can_pack = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN, so nothing is packed")
