@@ -13,7 +13,7 @@ multiply-add; norms, softmax and rotations not counted), for a model with N weig
 are the head's:
 
     forward      2 (N - H) per token + 2 H per token whose logits are needed + attention: 4 D layers per key that a
-                 query sees
+                 query sees; without the last layer's output and feed-forward weights where nothing is read of a token
     LoRA update  forward + the same again for the gradients of activations (frozen weights need none of their own);
                  attention 3 times; adapters 6 per weight and token
     full update  three times forward
@@ -69,34 +69,37 @@ def attention_flops(size, tokens):
     return 4 * dim * layers * tokens * (tokens + 1) // 2
 
 
-def forward_flops(size, tokens, logits):
-    """One row of so many tokens, of which `logits` need the head."""
+def forward_flops(size, tokens, read, logits=None):
+    """One row of so many tokens: of which `read` need more of the last layer than keys and values for the others'
+    attention, and `logits` (None: those) the head."""
+    dim, layers, heads, kv, ffn = SIZES[size][:5]
     block, head, _ = weights(size)
-    return 2 * block * tokens + 2 * head * logits + attention_flops(size, tokens)
+    past_attention = dim * dim + 3 * dim * ffn
+    return (2 * block * tokens - 2 * past_attention * (tokens - read) + 2 * head * (read if logits is None else logits)
+            + attention_flops(size, tokens))
 
 
-def update_flops(size, tokens, logits, full=False):
+def update_flops(size, tokens, read, logits=None, full=False):
     """Forward and backward of one row; with adapters, or of all weights."""
-    block, head, lora = weights(size)
-    linear, attention = 2 * block * tokens + 2 * head * logits, attention_flops(size, tokens)
-    return 3 * (linear + attention) if full else 2 * linear + 3 * attention + 6 * lora * tokens
+    forward, attention = forward_flops(size, tokens, read, logits), attention_flops(size, tokens)
+    return 3 * forward if full else 2 * forward + attention + 6 * weights(size)[2] * tokens
 
 
-def useful_flops(job, size, s, lengths):
-    """All of a job. Generation: the prompt once, then each new token once; the PPO step: sampling, three scoring
-    passes, and `epochs` updates of policy and critic - with LoRA critics, whoever runs it: what a peer does beyond that
-    is its own loss."""
+def useful_flops(job, size, s, lengths, full_critic=False):
+    """All of a job. Generation: the prompt once, then each new token once; the PPO step: sampling, four scoring
+    passes, and `epochs` updates of policy and critic - a LoRA critic, whoever runs it, unless full_critic: what a peer
+    does beyond that is its own loss."""
     if job in ("generate", "uneven"):
         return sum(forward_flops(size, s["prompt"] + n - 1, n) for n in lengths)
     if job == "update":
         return s["batch"] * update_flops(size, s["length"], s["length"] - 1)
     if job == "score":
-        return s["batch"] * forward_flops(size, s["length"], 0)
+        return s["batch"] * forward_flops(size, s["length"], 1, 0)
     tokens, new = s["prompt"] + s["new"], s["new"]
     sample = forward_flops(size, tokens - 1, new)
-    # policy, reference; reward, critic
-    look = 2 * forward_flops(size, tokens, new) + 2 * forward_flops(size, tokens, 0)
-    learn = update_flops(size, tokens, new) + update_flops(size, tokens, 0)
+    policy, critic, reward = (forward_flops(size, tokens, *read) for read in ((new,), (new, 0), (1, 0)))
+    look = 2 * policy + critic + reward                                                     # (the reference's, too)
+    learn = update_flops(size, tokens, new) + update_flops(size, tokens, new, 0, full_critic)
     return s["batch"] * (sample + look + s["epochs"] * learn)
 
 
@@ -489,7 +492,10 @@ def report(job, size, processes, args):
     if ours[0].get("parts"):
         parts = {k: statistics.median(o["parts"][k] for o in ours) for k in ours[0]["parts"]}
         print(f"{'':22}"
-              + ", ".join(f"{k} {v:.2f} s ({v / sum(parts.values()):.0%})" for k, v in parts.items()), flush=True)
+              + ", ".join(f"{k} {v:.2f} s ({v / sum(parts.values()):.0%})" for k, v in parts.items())
+              + f"; {flops / 1e9:,.0f} useful GFLOP, "
+              f"{useful_flops(job, size, shape, lengths, full_critic=True) / flops - 1:.0%} more "
+              "if the critic trained all its weights, as TRL's does", flush=True)
 
 
 def growth(args):
