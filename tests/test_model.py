@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from golden.make_golden import CASES, GREEDY_PROMPTS, GREEDY_STEPS, SIZES, formula_weights, weight_shapes, write_model
 from lora import adapter, add_lora, lora_parameters
-from model import (Linear, Llama, LlamaConfig, RMSNorm, generate, load_llama, packed_weights, response_logprobs, rope_angles,
+from model import (Gate, Linear, Llama, LlamaConfig, RMSNorm, generate, load_llama, packed_weights, response_logprobs, rope_angles,
                    rotate, sample, save_llama)
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -376,6 +376,21 @@ def test_the_rotations_gradient_is_that_of_complex_multiplication():
     plain = torch.cat((turned.real, turned.imag), dim=-1)
     assert largest(out - plain) <= 1e-5                                    # (angles are float32)
     assert largest(gradients(out, grad, x)[0] - gradients(plain, grad, x)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_the_gates_value_and_gradients_are_those_of_its_formula_and_it_keeps_two_tensors(dtype, tolerance):
+    """a / (1 + exp(-a)) b written out in float64, from -30 to 30: where exp saturates, too."""
+    torch.manual_seed(0)
+    a = torch.cat([torch.linspace(-30, 30, 301), torch.randn(99)]).to(dtype).requires_grad_()
+    b, grad, kept = torch.randn(400).to(dtype).requires_grad_(), torch.randn(400).to(dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        out = Gate.apply(a, b)
+    assert sorted(kept) == sorted([a.data_ptr(), b.data_ptr()])
+    a64, b64 = (x.detach().double().requires_grad_() for x in (a, b))
+    plain = a64 / (1 + torch.exp(-a64)) * b64
+    for ours, expected in zip((out, *gradients(out, grad, a, b)), (plain, *gradients(plain, grad.double(), a64, b64))):
+        assert ours.dtype == dtype and largest(ours - expected) <= tolerance * largest(expected)
 
 
 def test_activation_checkpointing_changes_no_gradient(tmp_path):
