@@ -118,7 +118,8 @@ def rope_angles(positions, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + d/2}) of every head by its position's angle. x (B, H, T, d); cos, sin (.., T, d)."""
+    """Turn each pair (x_i, x_{i + d/2}) of every head by its position's angle. x (B, T, H, d);
+    cos, sin (.., T, 1, d)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -224,10 +225,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, layer=0, read=None):
         B, T, _ = x.shape
-        q, k, v = (w(x).to(cos.dtype).view(B, T, -1, self.head_dim).transpose(1, 2)
-                   for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)          # (B, H, T, d), (B, K, T, d)
-        mask = None
+        q, k, v = (w(x).to(cos.dtype).view(B, T, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None    # (B, H, T, d), (B, K, T, d)
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)               # (B, K, S, d) twice, (B, 1, 1, S) or None
         out = attend(q, k, v, mask).to(x.dtype)                  # (B, H, T, d)
@@ -324,7 +324,7 @@ class Llama(nn.Module):
         if positions.shape[1] > c.max_seq_len:
             raise ValueError(f"{positions.shape[1]} tokens are more than max_seq_len {c.max_seq_len} of this model")
         x = self.tok_embeddings(tokens)
-        cos, sin = (a[:, None].to(attention_dtype(x)) for a in rope_angles(positions, c.head_dim, c.rope_theta))
+        cos, sin = (a[:, :, None].to(attention_dtype(x)) for a in rope_angles(positions, c.head_dim, c.rope_theta))
         for i, layer in enumerate(self.layers):
             run = layer
             if self.checkpoint_activations and torch.is_grad_enabled():

@@ -367,11 +367,11 @@ def test_the_norms_gradient_is_that_of_its_formula_in_float64(dtype, tolerance, 
 
 def test_the_rotations_gradient_is_that_of_complex_multiplication():
     torch.manual_seed(0)
-    x = torch.randn(2, 7, 3, 16, dtype=torch.float64).transpose(1, 2).requires_grad_()
-    cos, sin = (a.double() for a in rope_angles(torch.arange(7)[None, None] * 5, 16, 10000.0))
-    out, grad = rotate(x, cos, sin), torch.randn(2, 3, 7, 16, dtype=torch.float64)
+    x = torch.randn(2, 7, 3, 16, dtype=torch.float64).requires_grad_()
+    cos, sin = (a.double()[:, :, None] for a in rope_angles(torch.arange(7)[None] * 5, 16, 10000.0))
+    out, grad = rotate(x, cos, sin), torch.randn(2, 7, 3, 16, dtype=torch.float64)
     i = torch.arange(8, dtype=torch.float64)
-    turn = torch.exp(1j * 5 * torch.arange(7)[:, None] * 10000.0 ** (-i / 8))
+    turn = torch.exp(1j * 5 * torch.arange(7)[:, None, None] * 10000.0 ** (-i / 8))
     turned = torch.complex(x[..., :8], x[..., 8:]) * turn
     plain = torch.cat((turned.real, turned.imag), dim=-1)
     assert largest(out - plain) <= 1e-5                                    # (angles are float32)
