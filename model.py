@@ -9,7 +9,7 @@ Legend   B batch, T tokens, V vocabulary, D width, H query heads, K key/value he
     tokens (B, T) -> tok_embeddings -> x (B, T, D)
     n_layers times:  x = x + attention(attention_norm(x))     wq wk wv -> rotate q, k -> softmax(q k' / sqrt d) v -> wo
                      x = x + feed_forward(ffn_norm(x))        w2(silu(w1 x) * w3 x)
-    norm -> `hidden` (B, T, D) -> output -> logits (B, T, V)
+    norm -> `hidden` (B, T, D), or (N, D) of the places that are read -> output -> logits
 
 Decisions that are easy to get wrong:
 1. Names are Meta's (wq, w1, attention_norm); the order of rotary pairs inside a head is Hugging Face's (first half,

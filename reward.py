@@ -282,9 +282,9 @@ def saved_bytes(config, size, on_cpu, full=False):
 def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, checkpointing, response_tokens, on_cpu):
     """Bytes of one process that trains: weights, what the optimiser keeps, activations, logits. -> {item: bytes}
 
-    tokens: of one micro-batch, padding included; response_tokens: those of them that need logits. frozen: per frozen
-    trunk (whether it has an output matrix, its dtype); trained: per trunk of which all weights train, whether it has an
-    output matrix; adapters: how many of this rank train instead; on_cpu: where model.packed_weights makes copies.
+    tokens: of one micro-batch, padding included; response_tokens: of those, the ones whose state is read. frozen: per
+    frozen trunk (whether it has an output matrix, its dtype); trained: per trunk of which all weights train, whether it
+    has an output matrix; adapters: how many of this rank train instead; on_cpu: where model.packed_weights makes copies.
     """
     size, full = dtype.itemsize, not adapters
     one_adapter = count_parameters(config, rank=rank)[1]

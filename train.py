@@ -1170,7 +1170,7 @@ def layouts(cfg, stage, config, dtype, rank, device):
                                                                  [] if rank else [lm_head], int(bool(rank)))
         return
     rows = min(cfg.generate_batch or cfg.rollout_batch, cfg.rollout_batch // world_size())
-    kept_in = torch.float32 if device == "cpu" else dtype                                   # (model.attention_dtype)
+    kept_in = torch.float32 if device == "cpu" and rank else dtype                          # (model.attention_dtype)
     cache = {"KV cache while sampling": kv_cache_bytes(config, kept_in, rows, length),
              "logits while sampling": rows * config.vocab_size * 4 * 4}
     both = [("one trunk", [(True, dtype)]), ("two trunks", [(True, dtype), (False, dtype)])]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import train
 from data import Example, Tokenizer, format_prompt, pack
 from lora import adapter, add_lora, lora_parameters
-from model import Llama, LlamaConfig, ban_mask, read_model_config, save_llama
+from model import Llama, LlamaConfig, ban_mask, prefill, read_model_config, save_llama
 from ppo import Rollout
 from reward import ActorCritic, RewardModel, build_models, save_reward_model
 
@@ -708,6 +708,17 @@ def test_memory_of_7b_by_item():
     checkpoints, tokens = 2 * 32 * 4096 * 2, 8 * 492
     assert tokens * checkpoints < one["activations of a micro-batch"] < 1.8 * tokens * checkpoints
     assert train.peak(one) < sum(one.values())              # sampling's and the update's memory are not needed at once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_takes_what_the_estimate_says(dtype, one_process):
+    """The storage of the cache that a rollout of 4 rows of 8 + 8 tokens really holds; on a CPU in float32 either way."""
+    config = LlamaConfig(vocab_size=64, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=160, max_seq_len=64)
+    flags = ["--model=x", "--stage=ppo", "--rollout_batch=4", "--minibatch=4", "--prompt_len=8", "--response_len=8"]
+    _, _, memory = next(train.layouts(train.parse(flags), "ppo", config, dtype, 8, "cpu"))
+    with torch.no_grad():
+        cache, _ = prefill(Llama(config).to(dtype), [[1] * 8] * 4, 16)
+    assert memory["KV cache while sampling"] == sum(x.untyped_storage().nbytes() for x in (*cache.k, *cache.v))
 
 
 def test_what_autograd_keeps_is_what_the_estimate_says(one_process):
