@@ -284,7 +284,7 @@ def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, chec
 
     tokens: of one micro-batch, padding included; response_tokens: of those, the ones whose state is read. frozen: per
     frozen trunk (whether it has an output matrix, its dtype); trained: per trunk of which all weights train, whether it
-    has an output matrix; adapters: how many of this rank train instead; on_cpu: where model.packed_weights makes copies.
+    has an output matrix; adapters: how many of this rank train instead; on_cpu: there model.packed_weights copies.
     """
     size, full = dtype.itemsize, not adapters
     one_adapter = count_parameters(config, rank=rank)[1]
