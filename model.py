@@ -78,7 +78,7 @@ class Normalise(torch.autograd.Function):
 
         d(r x_i)/dx_j = r (i = j) - r^3 x_i x_j / D        so        dx = r (g - r^2 x mean(g x))
 
-    Written out it takes fewer passes over memory than autograd's, and keeps x as it is, not float32 copies.
+    Written out it takes fewer passes over a CPU's memory than autograd's, and keeps x as it is, not float32 copies.
     """
 
     @staticmethod
@@ -105,6 +105,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
+        if x.device.type != "cpu":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)       # one kernel each way, not eight
         return self.weight * Normalise.apply(x, self.eps)
 
 
@@ -315,7 +317,7 @@ class Llama(nn.Module):
         """tokens (B, T) int64 -> (B, T, D), after the final norm; or (N, D), the states at the places `read` (N,)
         int64 among the B * T tokens laid end to end: past its attention, the last layer works for those alone.
 
-        With a cache: the first call takes the right-padded prompts, each later call one new token per row.
+        With a cache: right-padded prompts (see `prefill`), or, when decoding, one new token per row.
         """
         c = self.config
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]    # (1, T)
@@ -422,31 +424,35 @@ def ban_mask(vocab_size, banned_ids, device="cpu"):
 class KVCache:
     """Keys and values of all layers, allocated once; every row has its own length and writes at its own position."""
 
-    def __init__(self, slots):
+    def __init__(self, rows, slots, device="cpu"):
         self.slots = slots       # prompt and new tokens of the longest row
         self.k, self.v = [], []  # per layer (B, K, slots, d), in the dtype of attention
-        self.lengths = None      # (B,) tokens stored per row, set after the prompts are in
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)        # (B,) tokens stored per row
         self.used = 0            # no row is longer than this
-        self.mask = None
+        self.prompts_of = None   # the rows whose prompts are coming in; None when decoding
+        self.rows = self.mask = None
 
     def begin(self, positions):
-        """Positions of the tokens that come now; when decoding, also each row's mask over the slots."""
-        if self.lengths is None:
-            return positions                                                      # the prompts: 0..T-1
+        """Positions of the tokens that come now; when decoding, also where they go, and each row's mask over the
+        slots."""
+        if self.prompts_of is not None:
+            return positions                                                      # 0..T-1
         slots = torch.arange(self.used + 1, device=positions.device)
         unseen = (slots > self.lengths[:, None])[:, None, None]                   # (B, 1, 1, S)
         # added to the scores; made once a step, where a bool mask would be turned into this one in each layer
         self.mask = torch.zeros_like(unseen, dtype=self.k[0].dtype).masked_fill_(unseen, -math.inf)
+        self.rows = torch.arange(len(self.lengths), device=positions.device)
         return self.lengths[:, None]
 
     def update(self, layer, k, v):
-        """Store k, v (B, K, T, d) of one layer; return the keys, values and mask that its queries may see."""
-        if self.lengths is None:
+        """Store k, v (b, K, T, d) of one layer; return the keys, values and mask that its queries may see."""
+        if self.prompts_of is not None:
             for store, x in ((self.k, k), (self.v, v)):
-                store.append(F.pad(x, (0, 0, 0, self.slots - x.shape[2])))
+                if layer == len(store):                        # zeros: what no row has written is masked, not absent
+                    store.append(x.new_zeros(len(self.lengths), x.shape[1], self.slots, x.shape[3]))
+                store[layer][self.prompts_of, :, :x.shape[2]] = x
             return k, v, None
-        rows = torch.arange(len(self.lengths), device=k.device)
-        self.k[layer][rows, :, self.lengths], self.v[layer][rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
+        self.k[layer][self.rows, :, self.lengths], self.v[layer][self.rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
         return self.k[layer][:, :, :self.used + 1], self.v[layer][:, :, :self.used + 1], self.mask
 
     def advance(self, running):
@@ -459,12 +465,6 @@ class KVCache:
         for i in range(len(self.k)):
             self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
         self.lengths = self.lengths[rows]
-
-    def replace(self, rows, other):
-        """Put the rows of another cache (of as many slots) in place of these rows."""
-        for i in range(len(self.k)):
-            self.k[i][rows], self.v[i][rows] = other.k[i], other.v[i]
-        self.lengths[rows], self.used = other.lengths, max(self.used, other.used)
 
 
 def keyed_seed(*key):
@@ -528,6 +528,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     """
     limits = [max_new_tokens] * len(prompts) if limits is None else [min(n, max_new_tokens) for n in limits]
     check_generate(model, prompts, limits, temperature, top_p)
+    if not prompts:
+        return ([], []) if return_logprobs else []
     row_ids = range(len(prompts)) if row_ids is None else row_ids
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
@@ -565,14 +567,14 @@ def last_places(lengths, width):
     return torch.arange(len(lengths), device=lengths.device) * width + lengths - 1
 
 
-def prefill(model, prompts, slots):
-    """Run prompts through the model. -> a cache of so many slots that holds them,
-    the state of each last token (B, D)."""
-    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
-    cache, tokens = KVCache(slots), pad_right(prompts).to(model.device)
+def prefill(model, prompts, cache, rows):
+    """Run prompts through the model, into these rows (b,) of a cache. -> the state of each last token (b, D)."""
+    lengths, tokens = torch.tensor([len(p) for p in prompts], device=model.device), pad_right(prompts).to(model.device)
+    cache.prompts_of = rows
     states = model.hidden(tokens, cache, last_places(lengths, tokens.shape[1]))
-    cache.lengths, cache.used = lengths, int(lengths.max())
-    return cache, states
+    cache.prompts_of = None
+    cache.lengths[rows], cache.used = lengths, max(cache.used, tokens.shape[1])
+    return states
 
 
 def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs):
@@ -588,8 +590,9 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
     u = F.pad(u, (0, 1)).to(device)
     out = torch.full((N, M + 1), eos_id, device=device)           # the last column takes what ended rows go on saying
     logprobs = torch.zeros((N, M + 1), device=device)
-    cache, x = prefill(model, prompts[:size], slots)                             # x (B, D)
-    row, waiting = torch.arange(len(x), device=device), len(x)                   # which prompt is where; the next one
+    row, waiting = torch.arange(min(size, N), device=device), min(size, N)       # which prompt is where; the next one
+    cache = KVCache(len(row), slots, device)
+    x = prefill(model, prompts[:size], cache, row)                               # (B, D)
     count, done = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
     horizon = int(limits[row].max())                                             # by then all rows here have ended
     for step in itertools.count():
@@ -600,10 +603,9 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
             if 8 * len(ended) >= len(row):
                 fresh = torch.arange(waiting, min(waiting + len(ended), N), device=device)
                 if len(fresh):
-                    other, states = prefill(model, [prompts[i] for i in fresh], slots)
                     places = ended[:len(fresh)]
-                    cache.replace(places, other)
-                    x[places], row[places], count[places], done[places] = states, fresh, 0, False
+                    x[places] = prefill(model, [prompts[i] for i in fresh], cache, places)
+                    row[places], count[places], done[places] = fresh, 0, False
                     waiting += len(fresh)
                 if len(fresh) < len(ended):
                     rest = (~done).nonzero()[:, 0]

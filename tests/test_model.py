@@ -741,6 +741,7 @@ def test_what_cannot_be_generated_is_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=says):
             generate(model, prompts, 29, **options)
     assert len(generate(model, [[1] * 100], 28, eos_id=-1)[0]) == 28
+    assert generate(model, [], 28) == [] and generate(model, [], 28, return_logprobs=True) == ([], [])
 
 
 # ------------------------------------------------------------------------------------------------- a batch that refills
@@ -755,6 +756,17 @@ def test_rows_that_end_make_room_for_the_next_prompts(tmp_path):
     whole, few = generate(model, prompts, 40, **settings), generate(model, prompts, 40, batch_size=5, **settings)
     assert whole[0] == few[0] and {len(r) for r in whole[0]} > {1, 18, 35}
     assert all(a == pytest.approx(b, abs=1e-5) for a, b in zip(whole[1], few[1], strict=True))
+
+
+def test_a_batch_that_refills_keeps_its_one_cache(tmp_path, monkeypatch):
+    """All 8 places are free at once, three times: the next prompts are written where the last ones were. A cache of their
+    own beside it would double the most that sampling takes."""
+    import model as module
+    caches = []
+    monkeypatch.setattr(module, "KVCache", lambda *args, real=module.KVCache: caches.append(real(*args)) or caches[-1])
+    model = golden_model("gqa", tmp_path)
+    generate(model, [[1, 5, 6]] * 24, 8, eos_id=-1, banned_ids=(), batch_size=8)
+    assert [tuple(k.shape) for cache in caches for k in cache.k] == [(8, 2, 11, 16)] * model.config.n_layers
 
 
 def test_ended_rows_cost_nothing_for_long(tmp_path, monkeypatch):

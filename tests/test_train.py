@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import train
 from data import Example, Tokenizer, format_prompt, pack
 from lora import adapter, add_lora, lora_parameters
-from model import Llama, LlamaConfig, ban_mask, prefill, read_model_config, save_llama
+from model import KVCache, Llama, LlamaConfig, ban_mask, prefill, read_model_config, save_llama
 from ppo import Rollout
 from reward import ActorCritic, RewardModel, build_models, save_reward_model
 
@@ -716,8 +716,9 @@ def test_the_cache_takes_what_the_estimate_says(dtype, one_process):
     config = LlamaConfig(vocab_size=64, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=160, max_seq_len=64)
     flags = ["--model=x", "--stage=ppo", "--rollout_batch=4", "--minibatch=4", "--prompt_len=8", "--response_len=8"]
     _, _, memory = next(train.layouts(train.parse(flags), "ppo", config, dtype, 8, "cpu"))
+    cache = KVCache(4, 16)
     with torch.no_grad():
-        cache, _ = prefill(Llama(config).to(dtype), [[1] * 8] * 4, 16)
+        prefill(Llama(config).to(dtype), [[1] * 8] * 4, cache, torch.arange(4))
     assert memory["KV cache while sampling"] == sum(x.untyped_storage().nbytes() for x in (*cache.k, *cache.v))
 
 
