@@ -1,0 +1,130 @@
+"""A device that is not there: nothing is left behind on the CPU, on any path that a GPU takes.
+
+`Elsewhere` wraps a CPU tensor and says that it lies on another device. Operations are done on the CPU; one that mixes
+the two places is refused, as a GPU would. torch knows such tensors as "meta", the one device that every build has.
+"""
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import train
+from data import Tokenizer
+from model import generate, load_llama
+from reward import build_models
+
+PLACE = torch.device("meta")
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on the device that is not there."""
+
+    @staticmethod
+    def __new__(cls, here):
+        about = dict(strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype, device=PLACE)
+        self = torch.Tensor._make_wrapper_subclass(cls, here.shape, **about)
+        self.here = here
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return do(func, args, kwargs or {})
+
+    def tolist(self):
+        return self.here.tolist()
+
+
+class Placing(TorchDispatchMode):
+    """Inside, what asks for the other device gets it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return do(func, args, kwargs or {})
+
+
+def do(func, args, kwargs):
+    """One operation: unwrap, do it on the CPU, wrap what belongs elsewhere."""
+    name, to = func.overloadpacket.__name__, kwargs.get("device") and torch.device(kwargs["device"])
+    if to != PLACE and not any(isinstance(x, Elsewhere) for x in tree_leaves((args, kwargs))):
+        return func(*args, **kwargs)
+    indexed = name in ("index", "index_put_") and isinstance(args[0], Elsewhere)         # by indices of either place
+    together = tree_leaves((args[0], args[2:]) if indexed else (args, kwargs))
+    together = {isinstance(x, Elsewhere) for x in together if isinstance(x, torch.Tensor) and x.dim()}
+    if name not in ("_to_copy", "copy_") and len(together) > 1:
+        raise RuntimeError(f"{func}: one tensor is on the CPU, another is not")
+    unwrap = lambda x: x.here if isinstance(x, Elsewhere) else x
+    out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs) | ({"device": "cpu"} if to else {}))
+    if name == "copy_" or name.endswith("_") and not name.endswith("__"):
+        return args[0]
+    with torch.inference_mode(False):      # (or a wrapped view of an ordinary tensor could not be made in inference)
+        return tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) and to in (None, PLACE) else x, out)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """The device; what torch itself decides by a device's name, it decides as for a GPU without autocast."""
+    asked, tensor = torch.is_autocast_enabled, torch.tensor
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device != PLACE.type and asked(device))
+    monkeypatch.setattr(torch, "tensor", lambda data, device="cpu", **more: tensor(data, **more).to(device))
+    with Placing():
+        yield PLACE
+
+
+def test_the_device_that_is_not_there_refuses_to_mix(elsewhere):
+    x = torch.arange(6.0).view(2, 3).to(elsewhere)
+    assert x.device == (x + 1).device == elsewhere and x.sum().item() == 15 and (x * torch.tensor(2.0)).sum() == 30
+    assert x.to("cpu").tolist() == [[0, 1, 2], [3, 4, 5]] and torch.ones(2, device=elsewhere).device == elsewhere
+    with pytest.raises(RuntimeError, match="one tensor is on the CPU"):
+        x + torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="one tensor is on the CPU"):
+        torch.ones(9)[torch.arange(3, device=elsewhere)]
+
+
+def test_sampling_on_another_device(tiny, elsewhere):
+    """Refilled places, leaving rows, limits, top_p: the ids that the CPU samples."""
+    prompts, limits = [[1] + [5 + i] * (1 + i % 4) for i in range(12)], [1 + (7 * i) % 20 for i in range(12)]
+    here, there = load_llama(tiny / "sft"), load_llama(tiny / "sft", elsewhere)
+    assert there.device == elsewhere
+    for options in ({}, {"batch_size": 3, "limits": limits}, {"temperature": 0.7, "top_p": 0.8}):
+        assert generate(there, prompts, 20, seed=3, **options) == generate(here, prompts, 20, seed=3, **options)
+
+
+class Alone(torch.nn.Module):
+    """What DistributedDataParallel is to one process."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.forward, self.no_sync = module, module.forward, contextlib.nullcontext
+
+
+@pytest.mark.parametrize("reward, flags", [("reward", []), ("reward_adapter", ["--lora_rank=0"]),
+                                           ("reward_adapter", ["--regularizer_mode=loss", "--checkpoint_activations"])])
+def test_a_step_of_ppo_on_another_device(tiny, elsewhere, reward, flags):
+    """Sampling, scoring by the four models on one or two trunks, losses, gradients and an optimiser step: what is logged of
+    two steps is what the CPU logs, to rounding."""
+    cfg = train.parse(["--stage=ppo", f"--model={tiny / 'sft'}", f"--reward={tiny / reward}", "--prompts=-",
+                       "--rollout_batch=8", "--minibatch=4", "--micro_batch=2", "--response_len=8", "--dtype=float32",
+                       "--lora_alpha=16", *flags])
+    tokenizer = Tokenizer(tiny / "sft" / "tokenizer.model")
+    inputs = SimpleNamespace(tokenizer=tokenizer, banned_ids=tokenizer.banned_ids(tokenizer.vocab_size),
+                             prompts=[[1] + [5 + i] * (1 + i % 4) for i in range(12)])
+    rows = []
+    for device in ("cpu", elsewhere):
+        torch.manual_seed(0)
+        net, reward_model = build_models(cfg.model, cfg.reward, device, torch.float32, inputs.banned_ids, cfg.lora_rank,
+                                         cfg.lora_alpha)
+        with torch.no_grad():                                  # (an adapter begins with random numbers of its device)
+            for p, q in zip(train.trainable(net), start if rows else train.trainable(net), strict=True):
+                p.copy_(q)
+        start = [p.detach().clone() for p in train.trainable(net)]
+        net.policy.checkpoint_activations = net.critic.checkpoint_activations = cfg.checkpoint_activations
+        optimizer = torch.optim.SGD(train.trainable(net), lr=1e-3, foreach=False)
+        for step in (1, 2):
+            row, _ = train.ppo_step(cfg, step, net, Alone(net).eval(), reward_model, optimizer, inputs, 0.02)
+            rows.append({k: v for k, v in row.items() if not k.endswith("seconds")})
+    assert rows[0] == pytest.approx(rows[2], rel=1e-3, abs=1e-5)
+    assert rows[1] == pytest.approx(rows[3], rel=1e-3, abs=1e-5) and rows[1]["score"] != rows[0]["score"]
