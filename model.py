@@ -492,7 +492,8 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         probs = nucleus(probs, top_p)
-    cumulative = probs.cumsum(-1)
+    # a GPU adds up in parallel and rounds every sum another way: in float32, ids of probability 0 would get slivers
+    cumulative = probs.cumsum(-1, dtype=torch.float32 if probs.device.type == "cpu" else torch.float64)
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 

@@ -762,13 +762,13 @@ def respond(cfg, step, net, inputs):
 
 
 def collect(cfg, net, reward_model, eos_id, prompts, responses, sampled_logprobs):
-    """Score what this process has sampled. -> Rollout of the global batch (the same on every process), and the largest
-    gap between a log-probability at sampling and the one recomputed for the same token."""
+    """Score what this process has sampled. -> Rollout of the global batch (the same on every process), and the gaps
+    between the log-probabilities at sampling and those recomputed for the same tokens, a list."""
     local = assess(net, reward_model, prompts, responses, eos_id, cfg.micro_batch)
-    gap = max(abs(a - b) for row, again in zip(sampled_logprobs, local.logprobs.tolist()) for a, b in zip(row, again))
-    parts, gaps = zip(*gather((local, gap)))
+    gaps = [abs(a - b) for row, again in zip(sampled_logprobs, local.logprobs.tolist()) for a, b in zip(row, again)]
+    parts, gaps = zip(*gather((local, gaps)))
     order = [i % world_size() * len(prompts) + i // world_size() for i in range(cfg.rollout_batch)]
-    return join_rollouts(parts).rows(torch.tensor(order)), max(gaps)
+    return join_rollouts(parts).rows(torch.tensor(order)), sum(gaps, [])
 
 
 def with_advantages(cfg, rollout, kl_coef):
@@ -877,11 +877,12 @@ def check_first_step(rollout, row, dtype, dropout=0.0):
     """
     exact = dtype == torch.float32
     ratio, bound = (row["first_ratio_max"], 1e-4) if exact else (row["first_ratio_mean"], 3e-2)
+    gap, gap_bound = (row["sampling_gap"], 5e-4) if exact else (row["sampling_gap_mean"], 0.1)
     claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing",
                rollout.kl.abs().max().item(), 0.0),
               ("the first ratio is 1: the update's forward is the rollout's", 0 if dropout else ratio, bound),
               ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the full forward",
-               row["sampling_gap"], 5e-4 if exact else 0.5)]
+               gap, gap_bound)]
     for claim, got, bound in claims:
         if not got <= bound:
             raise RuntimeError(f"step 1 broke an assumption: {claim}; "
@@ -945,7 +946,7 @@ def ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef):
     times = [time.time()]
     sampled_here = respond(cfg, step, net, inputs)                                             # 1. sample
     times.append(time.time())
-    rollout, gap = collect(cfg, net, reward_model, inputs.tokenizer.eos_id, *sampled_here)     # 2. score
+    rollout, gaps = collect(cfg, net, reward_model, inputs.tokenizer.eos_id, *sampled_here)     # 2. score
     for name in ("logprobs", "ref_logprobs", "values", "scores", "kl"):
         require_finite(getattr(rollout, name), f"{name} of the rollout", step)
     rollout, penalty = with_advantages(cfg, rollout, kl_coef)                                  # 3. rewards, GAE
@@ -956,7 +957,8 @@ def ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef):
     times.append(time.time())
     spent = {f"{phase}_seconds": end - start for phase, start, end in zip(PHASES, times, times[1:])}
     return ({"step": step} | rollout_statistics(rollout, penalty) | stats
-            | {"lr": lr, "kl_coef": kl_coef, "sampling_gap": gap} | spent), rollout
+            | {"lr": lr, "kl_coef": kl_coef, "sampling_gap": max(gaps), "sampling_gap_mean": sum(gaps) / len(gaps)}
+            | spent), rollout
 
 
 def log_evaluation(run, step, summary):

@@ -176,9 +176,9 @@ def test_nan_stops_the_run_and_overwrites_nothing(tiny, tmp_path, monkeypatch, o
     collect, steps = train.collect, itertools.count(1)
 
     def poisoned(*args):
-        rollout, gap = collect(*args)
+        rollout, gaps = collect(*args)
         poison = float("nan") if next(steps) == 3 else 1.0
-        return dataclasses.replace(rollout, ref_logprobs=rollout.ref_logprobs * poison), gap
+        return dataclasses.replace(rollout, ref_logprobs=rollout.ref_logprobs * poison), gaps
 
     monkeypatch.setattr(train, "collect", poisoned)
     with pytest.raises(FloatingPointError, match="step 3: ref_logprobs"):
@@ -251,13 +251,15 @@ def test_a_broken_first_step_says_which_assumption(whole_run, broken, name):
 
 
 def test_in_bfloat16_the_first_ratio_is_1_on_average(whole_run):
-    """Logits near 25 have a spacing of 0.125 there: one token in thousands may be 13 % off by rounding alone, and must not
-    stop a run; a mean that is off by 5 % is no rounding."""
+    """Logits near 25 have a spacing of 0.125 there: one token in thousands may be 13 % off by rounding alone, an improbable
+    one by more, and must not stop a run; means that are off by 5 % and by 0.2 nats are no rounding."""
     rollout = SimpleNamespace(kl=torch.zeros(1))
-    row = {"first_ratio_max": 0.2, "first_ratio_mean": 0.01, "sampling_gap": 0.3}
+    row = {"first_ratio_max": 0.2, "first_ratio_mean": 0.01, "sampling_gap": 1.5, "sampling_gap_mean": 0.02}
     train.check_first_step(rollout, row, torch.bfloat16)
     with pytest.raises(RuntimeError, match="ratio"):
         train.check_first_step(rollout, row | {"first_ratio_mean": 0.05}, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="sampling"):
+        train.check_first_step(rollout, row | {"sampling_gap_mean": 0.2}, torch.bfloat16)
 
 
 def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path, monkeypatch, one_process):
