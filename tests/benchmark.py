@@ -19,8 +19,8 @@ are the head's:
     full update  three times forward
 
 `memory` is the peak resident size of the process (of all its processes), or what torch.cuda.max_memory_allocated says.
-Decoding on a GPU is bound by reading: `bandwidth` is the weights and the keys and values read per step,
-over what a copy reaches.
+Decoding is bound by reading: of generation it also says how fast the steps after the prompts read the weights, once
+each, and the keys and values so far, beside a copy's speed (reading and writing).
 """
 import argparse
 import contextlib
@@ -103,6 +103,15 @@ def useful_flops(job, size, s, lengths, full_critic=False):
     return s["batch"] * (sample + look + s["epochs"] * learn)
 
 
+def decoding_bytes(size, s, dtype):
+    """What the steps after the prompts read: all weights each time, and the keys and values so far."""
+    dim, layers, heads, kv = SIZES[size][:4]
+    block, head, _ = weights(size)
+    seen = s["batch"] * sum(range(s["prompt"] + 1, s["prompt"] + s["new"]))
+    itemsize = getattr(torch, dtype).itemsize
+    return itemsize * ((s["new"] - 1) * (block + head) + 2 * layers * (dim * kv // heads) * seen)
+
+
 def response_lengths(job, s, processes):
     """New tokens of each row of one process: all the same, or geometric with a third of the maximum as mean,
     cut there."""
@@ -141,7 +150,19 @@ def our_generate(size, s, args, rank):
     from model import generate
     model, rows = our_model(size, args.torch_dtype), response_lengths(args.job, s, args.processes)
     prompts = random_prompts(size, len(rows), s["prompt"], rank)
-    return lambda: generate(model, prompts, s["new"], eos_id=-1, limits=rows, batch_size=s["batch"] // args.processes)
+
+    def step(limit=s["new"]):
+        generate(model, prompts, limit, eos_id=-1, limits=rows, batch_size=s["batch"] // args.processes)
+
+    def prompts_alone():
+        synchronise()
+        start = time.perf_counter()
+        step(1)
+        synchronise()
+        return {"prompts": time.perf_counter() - start, "copy": copy_speed()}
+    if args.job == "generate":
+        step.more = prompts_alone
+    return step
 
 
 def our_update(size, s, args, rank):
@@ -199,6 +220,7 @@ def our_ppo(size, s, args, rank):
     cfg = train.Config(stage="ppo", model="random", rollout_batch=s["batch"], minibatch=s["batch"] // s["minibatches"],
                        micro_batch=s.get("micro", 16), ppo_epochs=s["epochs"], prompt_len=s["prompt"],
                        response_len=s["new"], generate_batch=s.get("generate", 0),
+                       checkpoint_activations=args.checkpointing,
                        dtype="float32" if args.dtype == "float32" else "bfloat16")
     optimizer = torch.optim.AdamW(train.trainable(net), lr=1e-5, eps=1e-5, weight_decay=0.0, fused=True)
     inputs = SimpleNamespace(prompts=random_prompts(size, 2 * s["batch"], s["prompt"], 0), banned_ids=[0, 1],
@@ -210,7 +232,10 @@ def our_ppo(size, s, args, rank):
     def step():
         row, _ = train.ppo_step(cfg, next(number), net, ddp, reward, optimizer, inputs, 0.02)
         parts.append({phase: row[f"{phase}_seconds"] for phase in train.PHASES})
-    step.parts = parts
+    layouts = {name: train.peak(memory) for name, _, memory in train.layouts(
+        cfg, "ppo", our_config(size), args.torch_dtype, 8, device[:4])}
+    estimate = layouts["one trunk" if args.one_trunk else "two trunks"]
+    step.more = lambda: {"parts": parts[-1], "estimate": estimate}
     return step
 
 
@@ -382,8 +407,7 @@ def work(args):
         if "start" in state:
             seconds = time.perf_counter() - state["start"]
             answer = {"seconds": seconds, "speed": (state["speed"] + matrix_speed()) / 2, "peak": all_sum(peak_bytes())}
-            if getattr(state.get("step"), "parts", None):
-                answer["parts"] = state["step"].parts[-1]
+            answer |= getattr(state.get("step"), "more", dict)()
             if rank == 0:
                 print(json.dumps(answer), file=answers, flush=True)
         line = sys.stdin.readline()
@@ -489,13 +513,19 @@ def report(job, size, processes, args):
                     f"{max(t['peak'] for t in theirs) / 2 ** 20:,.0f}"]
     widths = (24, 9, 20, 8, 21, 9, 20, 8)
     print(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths)), flush=True)
-    if ours[0].get("parts"):
+    if "prompts" in ours[0]:
+        speeds = [decoding_bytes(size, shape, args.dtype) / (o["seconds"] - o["prompts"]) for o in ours]
+        print(f"{'':22}the prompts {statistics.median(o['prompts'] for o in ours):.2f} s; after them "
+              f"{statistics.median(speeds) / 1e9:,.1f} GB/s are read, "
+              f"{statistics.median(x / o['copy'] for x, o in zip(speeds, ours)):.0%} of a copy's speed", flush=True)
+    if "parts" in ours[0]:
         parts = {k: statistics.median(o["parts"][k] for o in ours) for k in ours[0]["parts"]}
         print(f"{'':22}"
               + ", ".join(f"{k} {v:.2f} s ({v / sum(parts.values()):.0%})" for k, v in parts.items())
               + f"; {flops / 1e9:,.0f} useful GFLOP, "
               f"{useful_flops(job, size, shape, lengths, full_critic=True) / flops - 1:.0%} more "
-              "if the critic trained all its weights, as TRL's does", flush=True)
+              "if the critic trained all its weights, as TRL's does"
+              + f"; estimated memory {ours[0]['estimate'] / 2 ** 20:,.0f} MiB" * CUDA, flush=True)
 
 
 def growth(args):
