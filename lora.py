@@ -75,9 +75,8 @@ class LoRALinear(nn.Module):
         A, B = self.lora_A[self.active], self.lora_B[self.active]
         rows = x.flatten(0, -2)                                                                    # (N, in)
         low = F.linear(F.dropout(rows, self.dropout[self.active], self.training), A.to(x.dtype))   # (N, r)
-        # B' in order: its gradients' products are twice as fast; the sum in place: one product fewer to store
-        up = B.t().to(low.dtype, memory_format=torch.contiguous_format).contiguous()               # (r, out)
-        out = self.base(rows).addmm_(low, up, alpha=self.scaling(self.active))                     # (N, out)
+        # in place: one product fewer to store; B' in order: its gradients' products are twice as fast
+        out = self.base(rows).addmm_(low, B.to(low.dtype).t().contiguous(), alpha=self.scaling(self.active))  # (N, out)
         return out.view(*x.shape[:-1], -1)
 
 

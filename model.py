@@ -4,7 +4,7 @@ This is the network that everything else trains or reads. It does not know that 
 its linear layers for layers that know.
 
 Legend   B batch, T tokens, V vocabulary, D width, H query heads, K key/value heads, F feed-forward width, d head width,
-         S cache slots, N response tokens of a whole batch laid end to end
+         S cache slots (those in use), N response tokens of a whole batch laid end to end
 
     tokens (B, T) -> tok_embeddings -> x (B, T, D)
     n_layers times:  x = x + attention(attention_norm(x))     wq wk wv -> rotate q, k -> softmax(q k' / sqrt d) v -> wo
@@ -422,19 +422,19 @@ def ban_mask(vocab_size, banned_ids, device="cpu"):
 # -------------------------------------------------------------------------------------------------------- sampling
 
 class KVCache:
-    """Keys and values of all layers, allocated once; every row has its own length and writes at its own position."""
+    """Keys and values of all layers, allocated by the first prompts and copied only when rows leave; every row has its
+    own length and writes at its own position."""
 
     def __init__(self, rows, slots, device="cpu"):
         self.slots = slots       # prompt and new tokens of the longest row
         self.k, self.v = [], []  # per layer (B, K, slots, d), in the dtype of attention
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)        # (B,) tokens stored per row
-        self.used = 0            # no row is longer than this
+        self.used = 0            # no row is longer than this; only so many slots are read
         self.prompts_of = None   # the rows whose prompts are coming in; None when decoding
         self.rows = self.mask = None
 
     def begin(self, positions):
-        """Positions of the tokens that come now; when decoding, also where they go, and each row's mask over the
-        slots."""
+        """-> positions of the tokens that come now. When decoding, each row's mask over the slots is made, too."""
         if self.prompts_of is not None:
             return positions                                                      # 0..T-1
         slots = torch.arange(self.used + 1, device=positions.device)
@@ -448,7 +448,7 @@ class KVCache:
         """Store k, v (b, K, T, d) of one layer; return the keys, values and mask that its queries may see."""
         if self.prompts_of is not None:
             for store, x in ((self.k, k), (self.v, v)):
-                if layer == len(store):                        # zeros: what no row has written is masked, not absent
+                if layer == len(store):                        # zeros: a masked slot has weight 0, and 0 * NaN is NaN
                     store.append(x.new_zeros(len(self.lengths), x.shape[1], self.slots, x.shape[3]))
                 store[layer][self.prompts_of, :, :x.shape[2]] = x
             return k, v, None
@@ -464,7 +464,11 @@ class KVCache:
         """Drop all rows but these; layer by layer, so that the copy is small."""
         for i in range(len(self.k)):
             self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
-        self.lengths = self.lengths[rows]
+        self.set_lengths(self.lengths[rows])
+
+    def set_lengths(self, lengths):
+        """Other rows, other lengths (B,)."""
+        self.lengths, self.used = lengths, int(lengths.max())
 
 
 def keyed_seed(*key):
@@ -492,7 +496,8 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         probs = nucleus(probs, top_p)
-    # a GPU adds up in parallel and rounds every sum another way: in float32, ids of probability 0 would get slivers
+    # a GPU adds up in parallel and rounds each sum another way: ids of probability 0 get slivers, which in float32 are
+    # wide enough for a u to hit
     cumulative = probs.cumsum(-1, dtype=torch.float32 if probs.device.type == "cpu" else torch.float64)
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
@@ -574,7 +579,7 @@ def prefill(model, prompts, cache, rows):
     cache.prompts_of = rows
     states = model.hidden(tokens, cache, last_places(lengths, tokens.shape[1]))
     cache.prompts_of = None
-    cache.lengths[rows], cache.used = lengths, max(cache.used, tokens.shape[1])
+    cache.set_lengths(cache.lengths.index_copy(0, rows, lengths))
     return states
 
 
@@ -582,9 +587,9 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
     """Decode N prompts, `size` at a time. limits: new ids per row; u (N, M) uniforms, M >= limits; pick(logits, u)
     -> ids.
 
-    A row ends with EOS or at its limit. Every 8 tokens, if an eighth of the batch has ended, those rows make room for
-    the next prompts, or, when there are none, leave. Returns ids and log-probabilities, lists of N rows; what comes
-    after the end of a row is EOS (and 0.0).
+    A row ends with EOS or at its limit. Every 8 tokens, and when all are at their limits, ended rows - if they are an
+    eighth of the batch - make room for the next prompts, or, when there are none, leave. Returns ids and
+    log-probabilities, lists of N rows; what comes after the end of a row is EOS (and 0.0).
     """
     N, M, device = *u.shape, model.device
     slots, limits = max(len(p) + n for p, n in zip(prompts, limits)), torch.tensor(limits, device=device)

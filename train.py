@@ -946,7 +946,7 @@ def ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef):
     times = [time.time()]
     sampled_here = respond(cfg, step, net, inputs)                                             # 1. sample
     times.append(time.time())
-    rollout, gaps = collect(cfg, net, reward_model, inputs.tokenizer.eos_id, *sampled_here)     # 2. score
+    rollout, gaps = collect(cfg, net, reward_model, inputs.tokenizer.eos_id, *sampled_here)    # 2. score
     for name in ("logprobs", "ref_logprobs", "values", "scores", "kl"):
         require_finite(getattr(rollout, name), f"{name} of the rollout", step)
     rollout, penalty = with_advantages(cfg, rollout, kl_coef)                                  # 3. rewards, GAE
@@ -1174,7 +1174,8 @@ def layouts(cfg, stage, config, dtype, rank, device):
     rows = min(cfg.generate_batch or cfg.rollout_batch, cfg.rollout_batch // world_size())
     kept_in = torch.float32 if device == "cpu" and rank else dtype                          # (model.attention_dtype)
     cache = {"KV cache while sampling": kv_cache_bytes(config, kept_in, rows, length),
-             "logits while sampling": rows * config.vocab_size * 4 * 4}
+             # with their probabilities and cumulative sums, which are float64 on a GPU (model.sample)
+             "logits while sampling": rows * config.vocab_size * (16 if device == "cpu" else 24)}
     both = [("one trunk", [(True, dtype)]), ("two trunks", [(True, dtype), (False, dtype)])]
     for name, frozen in both if rank else []:
         yield name, 2 * adapter + config.dim + 1, memory(frozen, [], 2) | cache

@@ -1,7 +1,8 @@
-"""A device that is not there: nothing is left behind on the CPU, on any path that a GPU takes.
+"""A device that is not there: nothing is left behind on the CPU where a GPU samples, scores and trains by PPO.
 
 `Elsewhere` wraps a CPU tensor and says that it lies on another device. Operations are done on the CPU; one that mixes
 the two places is refused, as a GPU would. torch knows such tensors as "meta", the one device that every build has.
+Float32 only: a module's `to(dtype)` does not reach what is wrapped.
 """
 import contextlib
 from types import SimpleNamespace
@@ -53,8 +54,9 @@ def do(func, args, kwargs):
         return func(*args, **kwargs)
     indexed = name in ("index", "index_put_") and isinstance(args[0], Elsewhere)         # by indices of either place
     together = tree_leaves((args[0], args[2:]) if indexed else (args, kwargs))
-    together = {isinstance(x, Elsewhere) for x in together if isinstance(x, torch.Tensor) and x.dim()}
-    if name not in ("_to_copy", "copy_") and len(together) > 1:
+    there = any(isinstance(x, Elsewhere) for x in together)
+    here = any(type(x) in (torch.Tensor, torch.nn.Parameter) and x.dim() for x in together)    # (single numbers may mix)
+    if name not in ("_to_copy", "copy_") and here and there:
         raise RuntimeError(f"{func}: one tensor is on the CPU, another is not")
     unwrap = lambda x: x.here if isinstance(x, Elsewhere) else x
     out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs) | ({"device": "cpu"} if to else {}))
@@ -81,6 +83,8 @@ def test_the_device_that_is_not_there_refuses_to_mix(elsewhere):
     with pytest.raises(RuntimeError, match="one tensor is on the CPU"):
         x + torch.ones(2, 3)
     with pytest.raises(RuntimeError, match="one tensor is on the CPU"):
+        torch.ones(3) + x.sum()
+    with pytest.raises(RuntimeError, match="one tensor is on the CPU"):
         torch.ones(9)[torch.arange(3, device=elsewhere)]
 
 
@@ -104,8 +108,8 @@ class Alone(torch.nn.Module):
 @pytest.mark.parametrize("reward, flags", [("reward", []), ("reward_adapter", ["--lora_rank=0"]),
                                            ("reward_adapter", ["--regularizer_mode=loss", "--checkpoint_activations"])])
 def test_a_step_of_ppo_on_another_device(tiny, elsewhere, reward, flags):
-    """Sampling, scoring by the four models on one or two trunks, losses, gradients and an optimiser step: what is logged of
-    two steps is what the CPU logs, to rounding."""
+    """Sampling, scoring by the four models on one or two trunks, losses, gradients and an optimiser step: what is logged
+    of two steps is what the CPU logs, to rounding."""
     cfg = train.parse(["--stage=ppo", f"--model={tiny / 'sft'}", f"--reward={tiny / reward}", "--prompts=-",
                        "--rollout_batch=8", "--minibatch=4", "--micro_batch=2", "--response_len=8", "--dtype=float32",
                        "--lora_alpha=16", *flags])

@@ -758,15 +758,18 @@ def test_rows_that_end_make_room_for_the_next_prompts(tmp_path):
     assert all(a == pytest.approx(b, abs=1e-5) for a, b in zip(whole[1], few[1], strict=True))
 
 
-def test_a_batch_that_refills_keeps_its_one_cache(tmp_path, monkeypatch):
+def test_a_batch_that_refills_keeps_its_one_cache_and_reads_no_more_than_it_holds(tmp_path, monkeypatch):
     """All 8 places are free at once, three times: the next prompts are written where the last ones were. A cache of their
-    own beside it would double the most that sampling takes."""
+    own beside it would double the most that sampling takes; and their answers begin again with 4 tokens to attend to."""
     import model as module
-    caches = []
+    caches, read, attend = [], [], module.attend
     monkeypatch.setattr(module, "KVCache", lambda *args, real=module.KVCache: caches.append(real(*args)) or caches[-1])
+    monkeypatch.setattr(module, "attend", lambda q, k, *more: read.append((q.shape[2], k.shape[2])) or attend(q, k, *more))
     model = golden_model("gqa", tmp_path)
     generate(model, [[1, 5, 6]] * 24, 8, eos_id=-1, banned_ids=(), batch_size=8)
-    assert [tuple(k.shape) for cache in caches for k in cache.k] == [(8, 2, 11, 16)] * model.config.n_layers
+    layers = model.config.n_layers
+    assert [tuple(k.shape) for cache in caches for k in cache.k] == [(8, 2, 11, 16)] * layers
+    assert read[::layers] == [(3, 3), *((1, n) for n in range(4, 11))] * 3
 
 
 def test_ended_rows_cost_nothing_for_long(tmp_path, monkeypatch):
