@@ -610,7 +610,7 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
                 fresh = torch.arange(waiting, min(waiting + len(ended), N), device=device)
                 if len(fresh):
                     places = ended[:len(fresh)]
-                    x[places] = prefill(model, [prompts[i] for i in fresh], cache, places)
+                    x[places] = prefill(model, prompts[waiting:waiting + len(fresh)], cache, places)
                     row[places], count[places], done[places] = fresh, 0, False
                     waiting += len(fresh)
                 if len(fresh) < len(ended):
