@@ -873,14 +873,14 @@ def check_first_step(rollout, row, dtype, dropout=0.0):
 
     With dropout in the update the first ratio is not 1, and is only reported. Micro-batches of other shapes round
     differently. float32 logits of 20 to 30, as trained models have, are good to about 1e-5: no token may be off.
-    bfloat16 holds such logits to 0.1, so that single tokens are far off and only their mean says something.
+    bfloat16 holds such logits to 0.1, so that single tokens are far off and only their mean says something: 3 %.
     """
     exact = dtype == torch.float32
-    ratio, bound = (row["first_ratio_max"], 1e-4) if exact else (row["first_ratio_mean"], 3e-2)
-    gap, gap_bound = (row["sampling_gap"], 5e-4) if exact else (row["sampling_gap_mean"], 0.1)
+    ratio, ratio_bound = (row["first_ratio_max"], 1e-4) if exact else (row["first_ratio_mean"], 3e-2)
+    gap, gap_bound = (row["sampling_gap"], 5e-4) if exact else (row["sampling_gap_mean"], 3e-2)
     claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing",
                rollout.kl.abs().max().item(), 0.0),
-              ("the first ratio is 1: the update's forward is the rollout's", 0 if dropout else ratio, bound),
+              ("the first ratio is 1: the update's forward is the rollout's", 0 if dropout else ratio, ratio_bound),
               ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the full forward",
                gap, gap_bound)]
     for claim, got, bound in claims:
