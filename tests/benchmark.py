@@ -392,6 +392,9 @@ def work(args):
     args.torch_dtype = getattr(torch, args.dtype)
     torch.set_num_threads(1 if args.processes > 1 else args.threads)
     torch.set_grad_enabled(args.job in ("update", "ppo"))
+    if args.side == "ours" and not CUDA:
+        from train import keep_freed_memory
+        keep_freed_memory()
     if args.processes > 1 or args.job == "ppo" and args.side == "ours":
         backend = "nccl" if CUDA else "gloo"
         more = {} if args.processes > 1 else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)

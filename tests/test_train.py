@@ -1,4 +1,5 @@
 """The system: processes, resuming, stopping, the first step, learning, and what happens to bad input."""
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -752,6 +753,37 @@ before = resident("VmRSS")
 train.main(sys.argv[1:])
 print("resident", resident("VmHWM") - before)
 """
+
+
+FAULTS = """
+import ctypes, resource, train
+train.start_processes()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    before = faults()
+    pieces = [libc.malloc(SIZE) for _ in range(20)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, SIZE)
+    for piece in reversed(pieces):
+        libc.free(piece)
+print("faults", faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.parametrize("size", [1 << 20, 20 << 20])
+@pytest.mark.parametrize("env, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "100000"}, False)])
+def test_what_one_step_frees_the_next_one_gets(size, env, kept):
+    """20 pieces of memory, asked for and freed again and again: a page that the kernel gives anew is a fault. An
+    allocator that the user has set (here to hand everything back) is left alone."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))} | env
+    out = subprocess.run([sys.executable, "-c", FAULTS.replace("SIZE", str(size))], cwd=ROOT, capture_output=True, text=True,
+                         env=environment)
+    assert out.returncode == 0, out.stderr
+    faults, pages = int(out.stdout.rsplit("faults", 1)[1]), 20 * size // os.sysconf("SC_PAGE_SIZE")
+    assert faults < pages / 10 if kept else faults > pages / 2, (faults, pages)
 
 
 @pytest.fixture(scope="module")
