@@ -172,6 +172,13 @@ def packed_product(x, layer, back=False):
     return torch.ops.mkldnn._linear_pointwise(x, layer.copies[back], None, "none", [], "")
 
 
+def packable(dtype):
+    """Whether oneDNN is here, and multiplies by packed weights of this dtype on this processor (bfloat16: not with AVX2
+    alone)."""
+    able = torch.backends.mkldnn.is_available()
+    return able and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @contextmanager
 def packed_weights(*models, frozen_only=True):
     """Inside, on a CPU, linear layers keep a packed copy of their weights, and a second one once a gradient has gone
@@ -180,10 +187,8 @@ def packed_weights(*models, frozen_only=True):
     A plain product reads W row by row and puts it in order each time. Without that, thousands of rows are done somewhat
     sooner; the few of decoding, which are soon done with a weight, much sooner.
     """
-    onednn = torch.backends.mkldnn.is_available()
-    able = {torch.float32: onednn, torch.bfloat16: onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
     layers = dict.fromkeys(m for model in models for m in model.modules() if isinstance(m, Linear) and m.copies is None
-                           and m.weight.device.type == "cpu" and able.get(m.weight.dtype)
+                           and m.weight.device.type == "cpu" and packable(m.weight.dtype)
                            and not (frozen_only and m.weight.requires_grad))
     try:
         for layer in layers:

@@ -31,7 +31,7 @@ from lora import (adapter, adapter_chain, add_lora, copy_lora, load_lora, lora_l
                   merged_readers, read_adapter_config, read_tensors, save_lora, targets_of)
 from model import (MAX_LOGITS, WEIGHT_FILES, Linear, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill,
                    fingerprint, hf_config, hf_config_json, hf_name, hf_tensors, last_places, load_llama,
-                   open_checkpoint, our_name, packed_weights, read_json, read_model_config, response_logprobs,
+                   open_checkpoint, our_name, packable, packed_weights, read_json, read_model_config, response_logprobs,
                    save_llama, save_shards, save_weights, write_json)
 from ppo import Rollout, join_rollouts
 from regularizers import exact_of_logprobs
@@ -300,9 +300,10 @@ def training_memory(config, dtype, tokens, rank, frozen, trained, adapters, chec
     # packed on first use: for the gradient, too, if adapters train; none in autocast, which full training in bf16 is
     packs = on_cpu * (2 if adapters else size == 4)
     copies = sum(linear_parameters(config, lm_head and response_tokens) * kept_in.itemsize
-                 for lm_head, kept_in in frozen)
+                 for lm_head, kept_in in frozen if packable(kept_in))
+    sampling = linear_parameters(config) * 4 * packable(torch.float32)             # of weights that train
     return {"frozen weights": weights, "packed copies of them": packs * copies,
-            "packed copies while sampling": packs * linear_parameters(config) * 4 if True in trained else 0,
+            "packed copies while sampling": packs * sampling if True in trained else 0,
             "trained weights, gradients, Adam": numbers * 16,
             "copies for autocast": numbers * size if full and size < 4 else 0,
             "activations of a micro-batch": kept + tokens * 4 * config.ffn_dim * size,

@@ -438,6 +438,8 @@ def copies_of(model):
 @pytest.mark.parametrize("rows", [1, 3, 64, 700])
 def test_packed_products_and_their_gradient_are_the_plain_ones(rows, dtype, tolerance):
     """Against float64, with and without a graph, on a view that is not contiguous."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16 for oneDNN")
     torch.manual_seed(0)
     layer = Linear(48, 80).requires_grad_(False).to(dtype)
     x, grad = torch.randn(48, rows, 2).to(dtype).permute(1, 2, 0).requires_grad_(), torch.randn(rows, 2, 80).to(dtype)
@@ -524,14 +526,20 @@ def test_autocast_goes_before_packing():
 @can_pack
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_processor_without_oneDNNs_bf16_computes_without_packing_it(dtype):
-    """oneDNN told to be as it is on AVX2: float32 is packed there, bfloat16 is not, and both work."""
-    code = ("import sys, torch; from model import Linear, packed_weights; "
+    """oneDNN told to be as it is on AVX2: float32 is packed there, bfloat16 is not; both work, and the estimate knows."""
+    code = ("import torch, train; from model import Linear, LlamaConfig, packed_weights; "
             f"layer = Linear(16, 16).to({dtype}); x = torch.ones(2, 16, dtype={dtype})\n"
-            "with packed_weights(layer, frozen_only=False): layer(x); print(layer.copies is None)")
+            "with packed_weights(layer, frozen_only=False): layer(x); print(layer.copies is None)\n"
+            "cfg = train.parse(['--model=x', '--stage=ppo'])\n"
+            f"memory = next(train.layouts(cfg, 'ppo', LlamaConfig(), {dtype}, 8, 'cpu'))[2]\n"
+            "print(memory['packed copies of them'])")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1],
                          env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert out.returncode == 0, out.stderr
-    assert out.stdout.strip() == str(dtype == torch.bfloat16)
+    unpacked, copies = out.stdout.split()
+    # by hand, of one trunk's matrices: 32 layers of 4 D^2 + 3 D F, and the head's D V; 4 bytes each, W and W'
+    matrices = 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008) + 4096 * 32000
+    assert (unpacked, int(copies)) == (("True", 0) if dtype == torch.bfloat16 else ("False", matrices * 4 * 2))
 
 
 # ------------------------------------------------------------------------------------------------- chunked log-probs
