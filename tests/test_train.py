@@ -810,6 +810,8 @@ def size_m(tmp_path_factory):
 @pytest.mark.parametrize("more", [[], ["--checkpoint_activations"], ["--dtype=bfloat16"]])
 def test_the_memory_estimate_is_the_resident_size_within_a_tenth(more, size_m, tmp_path):
     """A PPO step in a process whose C library hands freed memory back (it keeps fragments otherwise), against the estimate."""
+    if "--dtype=bfloat16" in more and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16 for oneDNN: one step would take minutes")
     flags = [f"--{k}={v}" for k, v in dict(
         stage="ppo", model=size_m / "sft", reward=size_m / "reward", prompts=size_m / "prompts.json", out=tmp_path / "out",
         steps=1, rollout_batch=8, minibatch=8, micro_batch=8, prompt_len=64, response_len=96, warmup_steps=1).items()] + more
