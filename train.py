@@ -464,20 +464,21 @@ def say(text):
 
 def start_processes():
     """Join the processes that torchrun started (or be the only one). -> this process's device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}, "
-                             "so start at most that many processes (--nproc_per_node)")
-        torch.cuda.set_device(local)
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus:
+        torch.cuda.set_device(local % gpus)
     else:
         keep_freed_memory()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if 0 < gpus < here:
+        say(f"note: {here} processes for {gpus} GPU{'s' * (gpus > 1)}: they share it, and its memory "
+            f"(--nproc_per_node={gpus}: one for each)")
+    backend = "nccl" if gpus >= here else "gloo"               # (NCCL refuses two processes on one GPU)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{local % gpus}" if gpus else "cpu"
 
 
 def keep_freed_memory():

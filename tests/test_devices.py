@@ -132,3 +132,21 @@ def test_a_step_of_ppo_on_another_device(tiny, elsewhere, reward, flags):
             rows.append({k: v for k, v in row.items() if not k.endswith("seconds")})
     assert rows[0] == pytest.approx(rows[2], rel=1e-3, abs=1e-5)
     assert rows[1] == pytest.approx(rows[3], rel=1e-3, abs=1e-5) and rows[1]["score"] != rows[0]["score"]
+
+
+@pytest.mark.parametrize("gpus, processes, device, backend", [(2, 2, "cuda:1", "nccl"), (4, 2, "cuda:1", "nccl"),
+                                                              (1, 2, "cuda:0", "gloo"), (0, 2, "cpu", "gloo")])
+def test_each_process_finds_its_gpu(monkeypatch, capsys, gpus, processes, device, backend):
+    """The last of two processes on a machine with so many GPUs. NCCL refuses two processes on one GPU, so that they share
+    it over gloo: the README's command runs on a machine with one GPU, too, and says so. (torchrun's variables; RANK is
+    0, or nothing would be printed.)"""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: chosen.append(f"cuda:{i}"))
+    monkeypatch.setattr(torch.distributed, "init_process_group", chosen.append)
+    for name, value in (("LOCAL_RANK", processes - 1), ("LOCAL_WORLD_SIZE", processes), ("WORLD_SIZE", processes), ("RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+    assert train.start_processes() == device
+    assert chosen == [device] * (gpus > 0) + [backend]
+    assert ("2 processes for 1 GPU: they share it" in capsys.readouterr().out) == (gpus == 1)

@@ -34,28 +34,34 @@ def test_seed_0_comes_first_and_sweeps_have_one_seed():
     assert sum(job.seconds(ARGS) for job in order) < 2 * 3600
 
 
-def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path):
+def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, capsys):
     """One variant, cut down to a step or two of everything: SFT, reward model, PPO, outcome. The outcome alone is enough to
     skip all of it, on another machine say; without it the finished run folder is read, not run again."""
     rows = json.loads((ROOT / "toy" / "test.json").read_text())[:4]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    command = [sys.executable, str(ROOT / "toy" / "study.py"), "--seeds=1", "--only=kl", "--steps=2", "--eval_every=1", "--base_steps=1",
-               f"--eval_data={tmp_path / 'rows.json'}", "--processes=1", f"--out={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}"]
-    start = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    plan = start("--dry_run").stdout
+    args = ["--seeds=1", "--only=kl", "--steps=2", "--eval_every=1", "--base_steps=1", f"--eval_data={tmp_path / 'rows.json'}",
+            "--processes=1", f"--out={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}"]
+
+    def start(*more):
+        status = study.main([*args, *more])
+        return status, *capsys.readouterr()
+
+    plan = subprocess.run([sys.executable, "toy/study.py", *args, "--dry_run"], cwd=ROOT, capture_output=True, text=True).stdout
     assert plan.count("train.py --stage") == 3 and f"cp -r {tmp_path}/runs/seed0 {tmp_path}/runs/kl_seed0" in plan
     assert not (tmp_path / "runs").exists()
-    first = start()
-    assert first.returncode == 0 and first.stdout.count(" done in ") == 3, first.stdout
+    status, out, _ = start()
+    assert status == 0 and out.count(" done in ") == 3, out
     path = tmp_path / "data" / "kl_seed0.json"
     found = json.loads(path.read_text())
     assert found["variant"] == "kl" and [row["step"] for row in found["curve"]] == [0, 1, 2]
-    assert "1 trainings, 1 of them done" in start().stdout
-    assert "was made with '--steps 2" in start("--steps=3").stderr
+    status, out, _ = start()
+    assert status == 0 and "1 trainings, 1 of them done" in out
+    status, _, error = start("--steps=3")
+    assert status == 2 and "was made with '--steps 2" in error
     path.unlink()
     log = tmp_path / "runs" / "kl_seed0" / "log.txt"
     log.write_text("")
-    assert start().returncode == 0 and json.loads(path.read_text()) == found
+    assert start()[0] == 0 and json.loads(path.read_text()) == found
     assert "ppo: finished" in log.read_text() and "step " not in log.read_text()
 
 

@@ -819,7 +819,7 @@ def test_the_memory_estimate_is_the_resident_size_within_a_tenth(more, size_m, t
     memory = next(m for name, _, m in train.layouts(cfg, "ppo", read_model_config(size_m / "sft"), cfg.trunk_dtype("cpu"), 8, "cpu")
                   if name == "two trunks")
     out = subprocess.run([sys.executable, "-c", RESIDENT, *flags], cwd=ROOT, capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
+                         env=os.environ | {"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
     assert out.returncode == 0, out.stderr
     resident = int(out.stdout.rsplit("resident", 1)[1])
     assert train.peak(memory) == pytest.approx(resident, rel=0.1), (memory, resident)
