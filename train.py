@@ -471,7 +471,7 @@ def start_processes():
     else:
         keep_freed_memory()
     if 0 < gpus < here:
-        say(f"note: {here} processes for {gpus} GPU{'s' * (gpus > 1)}: they share it, and its memory "
+        say(f"note: {here} processes for {gpus} GPU{'s' * (gpus > 1)}: they share, memory included "
             f"(--nproc_per_node={gpus}: one for each)")
     backend = "nccl" if gpus >= here else "gloo"               # (NCCL refuses two processes on one GPU)
     if "WORLD_SIZE" in os.environ:

@@ -149,4 +149,4 @@ def test_each_process_finds_its_gpu(monkeypatch, capsys, gpus, processes, device
         monkeypatch.setenv(name, str(value))
     assert train.start_processes() == device
     assert chosen == [device] * (gpus > 0) + [backend]
-    assert ("2 processes for 1 GPU: they share it" in capsys.readouterr().out) == (gpus == 1)
+    assert ("2 processes for 1 GPU: they share" in capsys.readouterr().out) == (gpus == 1)
