@@ -43,6 +43,7 @@ OUR_NAMES = {v: k for k, v in PEFT_NAMES.items()}
 
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapters. lora_A[name] (r, in), lora_B[name] (out, r), both float32."""
+    copies = None      # inside model.packed_weights, where adapters do not change: what `factors` has made
 
     def __init__(self, base):
         super().__init__()
@@ -69,14 +70,26 @@ class LoRALinear(nn.Module):
     def scaling(self, name):
         return self.alpha[name] / self.rank(name)
 
+    def keeps_copies(self):
+        """Whether it has copies inside packed_weights: or decoding would cast and turn A and B for each token."""
+        return True
+
+    def factors(self, dtype):
+        """The active adapter's A (r, in) and B' (r, out) in this dtype; B' in order: its gradients' products are twice
+        as fast."""
+        kept, key = {} if self.copies is None or torch.is_grad_enabled() else self.copies, (self.active, dtype)
+        if key not in kept:
+            kept[key] = (self.lora_A[self.active].to(dtype), self.lora_B[self.active].to(dtype).t().contiguous())
+        return kept[key]
+
     def forward(self, x):
         if self.active is None:
             return self.base(x)
-        A, B = self.lora_A[self.active], self.lora_B[self.active]
+        A, B = self.factors(x.dtype)
         rows = x.flatten(0, -2)                                                                    # (N, in)
-        low = F.linear(F.dropout(rows, self.dropout[self.active], self.training), A.to(x.dtype))   # (N, r)
-        # in place: one product fewer to store; B' in order: its gradients' products are twice as fast
-        out = self.base(rows).addmm_(low, B.to(low.dtype).t().contiguous(), alpha=self.scaling(self.active))  # (N, out)
+        low = F.linear(F.dropout(rows, self.dropout[self.active], self.training), A)               # (N, r)
+        # in place: one product fewer to store
+        out = self.base(rows).addmm_(low, B.to(low.dtype), alpha=self.scaling(self.active))        # (N, out)
         return out.view(*x.shape[:-1], -1)
 
 

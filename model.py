@@ -137,6 +137,10 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight)
         return PackedProduct.apply(x, self) if torch.is_grad_enabled() else packed_product(x, self)
 
+    def keeps_copies(self):
+        """Whether it has copies inside packed_weights."""
+        return self.weight.device.type == "cpu" and packable(self.weight.dtype)
+
 
 class PackedProduct(torch.autograd.Function):
     """x W' of a packed layer, whose weight has no gradient."""
@@ -182,14 +186,15 @@ def packable(dtype):
 @contextmanager
 def packed_weights(*models, frozen_only=True):
     """Inside, on a CPU, linear layers keep a packed copy of their weights, and a second one once a gradient has gone
-    through. Weights must not change meanwhile: those that train are left as they are (frozen_only).
+    through. Weights must not change meanwhile: layers that train are left as they are (frozen_only). Any module that has
+    `copies` and `keeps_copies` takes part.
 
     A plain product reads W row by row and puts it in order each time. Without that, thousands of rows are done somewhat
     sooner; the few of decoding, which are soon done with a weight, much sooner.
     """
-    layers = dict.fromkeys(m for model in models for m in model.modules() if isinstance(m, Linear) and m.copies is None
-                           and m.weight.device.type == "cpu" and packable(m.weight.dtype)
-                           and not (frozen_only and m.weight.requires_grad))
+    layers = dict.fromkeys(m for model in models for m in model.modules()
+                           if hasattr(m, "keeps_copies") and m.copies is None and m.keeps_copies()
+                           and not (frozen_only and any(p.requires_grad for p in m.parameters())))
     try:
         for layer in layers:
             layer.copies = {}
@@ -442,10 +447,12 @@ class KVCache:
         """-> positions of the tokens that come now. When decoding, each row's mask over the slots is made, too."""
         if self.prompts_of is not None:
             return positions                                                      # 0..T-1
-        slots = torch.arange(self.used + 1, device=positions.device)
-        unseen = (slots > self.lengths[:, None])[:, None, None]                   # (B, 1, 1, S)
+        # rows of 16: a GPU's kernel copies any other mask, in each layer
+        slots = torch.arange(-(-(self.used + 1) // 16) * 16, device=positions.device)
+        unseen = (slots > self.lengths[:, None])[:, None, None]
         # added to the scores; made once a step, where a bool mask would be turned into this one in each layer
-        self.mask = torch.zeros_like(unseen, dtype=self.k[0].dtype).masked_fill_(unseen, -math.inf)
+        mask = torch.zeros_like(unseen, dtype=self.k[0].dtype).masked_fill_(unseen, -math.inf)
+        self.mask = mask[..., :self.used + 1]                                     # (B, 1, 1, S)
         self.rows = torch.arange(len(self.lengths), device=positions.device)
         return self.lengths[:, None]
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from golden.make_golden import write_model
-from lora import adapter, add_lora, load_lora, lora_parameters, merge_lora, save_lora
-from model import Llama, LlamaConfig, generate, load_llama, save_llama
+from lora import adapter, add_lora, copy_lora, load_lora, lora_parameters, merge_lora, save_lora
+from model import Llama, LlamaConfig, generate, load_llama, packed_weights, save_llama
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TOKENS = torch.tensor([[1, 17, 40, 99, 3, 64, 64, 8], [1, 5, 4, 3, 120, 77, 2, 30]])
@@ -116,6 +116,36 @@ def test_generation_uses_the_active_adapter(tmp_path):
         adapted = generate(model, prompts, 12, temperature=0)
     merge_lora(model, "policy")
     assert adapted == generate(model, prompts, 12, temperature=0) and adapted != base
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_decoding_casts_an_adapter_once_and_sees_what_training_changed(dtype, tolerance, tmp_path):
+    """A rollout takes hundreds of forwards between two changes of A and B: they are cast and turned in the first alone. The
+    next rollout has to see the next A and B, one adapter never gets another's, and no gradient ends in a copy."""
+    model, seen = trunk(tmp_path, dtype=dtype), []
+    for name, seed in (("policy", 0), ("value", 1)):
+        add_lora(model, name, r=4, alpha=8)
+        randomise(model, name, seed)
+    layer = model.layers[1].attention.wo
+    hook = layer.register_forward_hook(lambda layer, *_: seen.append(layer.factors(dtype)[1]))
+
+    def says(name):
+        with adapter(model, name):
+            return generate(model, [[1, 17, 40], [1, 99]], 12, temperature=0, eos_id=-1)
+
+    policy, value = says("policy"), says("value")
+    assert len(seen) == 24 and all(B is seen[i // 12 * 12] for i, B in enumerate(seen)) and policy != value
+    copy_lora(model, "value", "policy")
+    assert says("policy") == value and layer.copies is None
+    hook.remove()
+    randomise(model, "policy", seed=2)
+    with packed_weights(model, frozen_only=False):
+        inside = {name: logits(model, name) for name in ("policy", "value", None)}
+        with adapter(model, "policy"):
+            model(TOKENS).sum().backward()
+    for name, got in inside.items():
+        assert largest(got - logits(model, name)) <= tolerance
+    assert all(p.grad.abs().sum() > 0 for p in lora_parameters(model, "policy"))
 
 
 def test_dropout_zero_means_zero_and_dropout_spares_the_base(tmp_path):

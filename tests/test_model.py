@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from golden.make_golden import CASES, GREEDY_PROMPTS, GREEDY_STEPS, SIZES, formula_weights, weight_shapes, write_model
 from lora import adapter, add_lora, lora_parameters
-from model import (Gate, Linear, Llama, LlamaConfig, RMSNorm, generate, load_llama, packed_weights, response_logprobs, rope_angles,
-                   rotate, sample, save_llama)
+from model import (Gate, KVCache, Linear, Llama, LlamaConfig, RMSNorm, generate, load_llama, packed_weights, response_logprobs,
+                   rope_angles, rotate, sample, save_llama)
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "real"
@@ -325,6 +325,17 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(case, tmp_pat
             logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1]          # (R, V)
         full = F.log_softmax(logits, -1)[range(len(response)), response]
         assert largest(full - torch.tensor(logps)) <= 1e-5
+
+
+def test_a_decoding_step_sees_each_rows_own_slots():
+    """Rows of 3 and 18 tokens, and the new one of each. The mask's rows begin at multiples of 16 numbers: torch copies any
+    other for a GPU's kernel, once in each layer."""
+    cache = KVCache(2, 40)
+    cache.k.append(torch.zeros(2, 1, 40, 4))
+    cache.set_lengths(torch.tensor([3, 18]))
+    assert cache.begin(torch.zeros(1, 1)).tolist() == [[3], [18]]
+    assert cache.mask.shape == (2, 1, 1, 19) and all(step % 16 == 0 for step in cache.mask.stride()[:-1])
+    assert (cache.mask[:, 0, 0] == 0).tolist() == [[True] * 4 + [False] * 15, [True] * 19] and cache.mask.min() == -torch.inf
 
 
 @pytest.mark.parametrize("case", ["mha", "gqa"])
