@@ -93,6 +93,15 @@ class Tokenizer:
         return any(math.copysign(1, sp.get_score(i)) > 0 and not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))
                    for i in range(self.vocab_size))
 
+    def check_same(self, path):
+        """ValueError if another tokenizer's file gives ids of this one another meaning."""
+        other = Tokenizer(path)
+        differ = next((i for i in range(min(self.vocab_size, other.vocab_size))
+                       if self.sp.id_to_piece(i) != other.sp.id_to_piece(i)), None)
+        if differ is not None:
+            raise ValueError(f"id {differ} is {self.sp.id_to_piece(differ)!r} in {self.path} but "
+                             f"{other.sp.id_to_piece(differ)!r} in {path}: the two models do not speak of the same text")
+
     def check_fits(self, model_vocab_size, model_path):
         """ValueError if this tokenizer has ids that the model has no embedding for."""
         if self.vocab_size > model_vocab_size:

@@ -53,7 +53,9 @@ def win_rate(ours, theirs):
 
 
 def outcomes(ours, theirs):
-    """1, 1/2 or 0 for each pair."""
+    """1, 1/2 or 0 for each pair. ValueError where a score is NaN, which is neither better nor worse."""
+    if any(score != score for score in (*ours, *theirs)):
+        raise ValueError("a score is not a number (NaN): the judge, or what it judges, is broken")
     return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -188,14 +190,40 @@ def accuracy_report(a):
 
 # --------------------------------------------------------------------------------------------------------- a run
 
+def run_settings(folder):
+    """The settings in a run folder's config.json; {} where that describes no run (but a model, say)."""
+    about = read_json(Path(folder) / "config.json")
+    run = about.get("run") if isinstance(about, dict) else None
+    return run if isinstance(run, dict) else {}
+
+
+def ppo_settings(folder):
+    """run_settings of a PPO run. ValueError if it is none."""
+    run, needed = run_settings(folder), ("model", "reward", "lora_rank", "lora_alpha", "regularizer", "steps", "seed")
+    if run.get("stage") != "ppo" or any(key not in run for key in needed):
+        raise ValueError(f"{folder}/config.json does not describe a PPO run")
+    return run
+
+
+def read_evaluation(folder):
+    """A run's eval.json: its `records`, one per prompt, and the settings that they were made with."""
+    path = Path(folder) / "eval.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no eval.json: run train.py --stage ppo with --eval_data")
+    found = read_json(path)
+    records = found.get("records") if isinstance(found, dict) else None
+    if not (isinstance(records, list) and records
+            and all(isinstance(r, dict) and {"instruction", *SYSTEMS} <= r.keys() for r in records)):
+        raise ValueError(f"{path} holds no records of an evaluation: --redo eval makes it again")
+    return found
+
+
 def load_run(folder, device="cpu", dtype=torch.float32):
     """The four models of a finished PPO run, with its policy. -> ActorCritic, RewardModel, Tokenizer"""
     folder = Path(folder)
     if not (folder / "policy").is_dir():
         raise FileNotFoundError(f"{folder} holds no finished PPO run: expected a folder policy in it")
-    run = read_json(folder / "config.json").get("run") or {}
-    if run.get("stage") != "ppo":
-        raise ValueError(f"{folder}/config.json does not describe a PPO run")
+    run = ppo_settings(folder)
     tokenizer = Tokenizer(folder / "policy" / "tokenizer.model")
     model, reward = folder / run["model"], folder / run["reward"]
     banned_ids = tokenizer.banned_ids(read_model_config(base_folder(model)).vocab_size)
@@ -349,10 +377,7 @@ def table(summary):
 
 def report(folder):
     """Table and side-by-side answers of a run folder that has been evaluated."""
-    path = Path(folder) / "eval.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no eval.json: run train.py --stage ppo with --eval_data")
-    records = read_json(path)["records"]
+    records = read_evaluation(folder)["records"]
     summary = summarise(records)
     w = summary["after"]["win_before"]
     judge_name = "the simulated annotators" if is_toy(records) else "the reward model itself, which PPO has maximised"
@@ -374,8 +399,11 @@ INPUTS = ("stage", "seed", "model", "reward", "tokenizer", "prompts")      # set
 
 
 def read_lines(path):
-    """Rows of a JSONL file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """Records of a JSONL file, one per step; none where there is no file."""
+    rows = read_rows(path) if path.is_file() and path.stat().st_size else []
+    if not all(isinstance(row, dict) and "step" in row for row in rows):
+        raise ValueError(f"{path} holds a line that is no record of a step")
+    return rows
 
 
 def outcome(folder):
@@ -383,11 +411,9 @@ def outcome(folder):
     that has one (step 0 is SFT); `training`, some columns of metrics.jsonl; `wins`, per group of prompts [n, wins
     against the reference, against SFT]."""
     folder = Path(folder)
-    settings, evals = read_json(folder / "config.json").get("run") or {}, read_lines(folder / "evals.jsonl")
-    if settings.get("stage") != "ppo":
-        raise ValueError(f"{folder}/config.json does not describe a PPO run")
+    settings, evals = ppo_settings(folder), read_lines(folder / "evals.jsonl")
     metrics = read_lines(folder / "metrics.jsonl")
-    records = read_json(folder / "eval.json")["records"] if (folder / "eval.json").is_file() else []
+    records = read_evaluation(folder)["records"] if (folder / "eval.json").is_file() else []
     if records and not (evals and evals[-1]["step"] == settings["steps"]):
         evals.append({"step": settings["steps"]} | summarise(records))
     curve = [{"step": row["step"]} | row["after"] for row in evals]
@@ -426,7 +452,8 @@ def load_outcomes(paths):
         else:
             found += [read_json(p) for p in (sorted(path.glob("*.json")) if path.is_dir()
                                              else [path] if path.is_file() else [])]
-    if not found or not all(isinstance(o, dict) and "curve" in o for o in found):
+    needed = {"curve", "settings", "seed", "wins", "training"}
+    if not found or not all(isinstance(o, dict) and needed <= o.keys() for o in found):
         raise ValueError(f"{', '.join(map(str, paths))}: expected PPO run folders, "
                          "or outcomes that toy/study.py has written")
     variants, settings = {}, [o["settings"] for o in found]
@@ -647,7 +674,7 @@ def load_answering(path, adapter_path=None, alpha=None, tokenizer=None, device="
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
-    run = (read_json(path / "config.json").get("run") or {}) if (path / "policy").is_dir() else {}
+    run = ppo_settings(path) if (path / "policy").is_dir() else {}
     if alpha is not None and not adapter_path or run and adapter_path:
         raise ValueError(f"{path} is a PPO run, which has its own adapter: no --adapter goes with it"
                          if run else "--alpha goes with --adapter")
@@ -1006,7 +1033,7 @@ def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
         args.command(args)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         print(f"eval.py: error: {e}", file=sys.stderr)
         sys.exit(2)
 

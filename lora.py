@@ -110,8 +110,9 @@ def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo"
     The new adapter computes exactly what the base computes (B = 0) and is not active until `adapter(model, name)`.
     ValueError: r < 1, dropout outside [0, 1), a name in use, a target that the model does not have.
     """
-    if r < 1 or not 0 <= dropout < 1:
-        raise ValueError(f"adapter {name}: r {r} must be at least 1 and dropout {dropout} in [0, 1)")
+    if type(r) is not int or r < 1 or not math.isfinite(alpha) or not 0 <= dropout < 1 or not targets:
+        raise ValueError(f"adapter {name}: got r {r}, alpha {alpha}, dropout {dropout}, targets {targets}: expected a "
+                         "whole number of at least 1, a finite number, one in [0, 1), and a layer's name at least")
     if not name.isidentifier() or hasattr(nn.ParameterDict(), name):
         raise ValueError(f"an adapter cannot be called {name!r}: its name becomes part of parameter names, "
                          "so it must be a word of letters, digits and _, "
@@ -282,10 +283,11 @@ def read_adapter_config(folder):
     for key, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"{path}: expected a number in {key}, got {value!r}")
-    modules = config.get("target_modules")
-    if not isinstance(modules, list) or not modules or not all(m in OUR_NAMES for m in map(str, modules)):
+    modules = config.get("target_modules")       # names, or (PEFT's "all-linear") each layer's path
+    names = sorted({str(m).split(".")[-1] for m in modules}) if isinstance(modules, list) else []
+    if not names or not set(names) <= set(OUR_NAMES):
         raise ValueError(f"{path}: target_modules {modules} must be a list of names among {sorted(OUR_NAMES)}")
-    return {"r": r, "alpha": alpha, "dropout": dropout, "targets": tuple(sorted(OUR_NAMES[m] for m in modules))}
+    return {"r": r, "alpha": alpha, "dropout": dropout, "targets": tuple(sorted(OUR_NAMES[m] for m in names))}
 
 
 def read_tensors(path):

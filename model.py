@@ -69,6 +69,8 @@ class LlamaConfig:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head width {self.head_dim} is odd: rotary embeddings turn pairs")
+        if not 0 < self.rope_theta < math.inf or not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"rope_theta {self.rope_theta} must be above 0, norm_eps {self.norm_eps} at least 0")
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
@@ -186,7 +188,7 @@ def packable(dtype):
 @contextmanager
 def packed_weights(*models, frozen_only=True):
     """Inside, on a CPU, linear layers keep a packed copy of their weights, and a second one once a gradient has gone
-    through. Weights must not change meanwhile: layers that train are left as they are (frozen_only). Any module that has
+    through. Weights must not change meanwhile: layers that train are left as they are (frozen_only). Any module with
     `copies` and `keeps_copies` takes part.
 
     A plain product reads W row by row and puts it in order each time. Without that, thousands of rows are done somewhat
@@ -425,7 +427,7 @@ def masked_logits(head, hidden, banned_mask=None):
 def ban_mask(vocab_size, banned_ids, device="cpu"):
     """(V,) bool, True at the ids that are never sampled."""
     mask = torch.zeros(vocab_size, dtype=torch.bool)
-    mask[[i for i in banned_ids if 0 <= i < vocab_size]] = True
+    mask[[int(i) for i in banned_ids if 0 <= i < vocab_size]] = True
     return mask.to(device)
 
 
@@ -490,7 +492,8 @@ def keyed_seed(*key):
 
 def uniforms(seed, row, n):
     """n numbers in [0, 1) that belong to one row of one seed."""
-    return torch.rand(n, generator=torch.Generator().manual_seed(keyed_seed(seed, row)))
+    key = seed if isinstance(seed, str) else int(seed), int(row)           # (numpy's 3 is the same row as Python's)
+    return torch.rand(n, generator=torch.Generator().manual_seed(keyed_seed(*key)))
 
 
 def nucleus(probs, top_p):
@@ -511,7 +514,8 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
     # a GPU adds up in parallel and rounds each sum another way: ids of probability 0 get slivers, which in float32 are
     # wide enough for a u to hit
     cumulative = probs.cumsum(-1, dtype=torch.float32 if probs.device.type == "cpu" else torch.float64)
-    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    ids = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return ids.clamp(max=logits.shape[1] - 1)              # (of NaN, which `decode` reports: searchsorted says V)
 
 
 def pad_right(rows, fill=0):
@@ -542,15 +546,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     each row's random numbers (None: its index), so that a share of a batch draws what the whole batch would. limits: a
     smaller max_new_tokens of each row's own.
     Returns a list of lists of ids, in the order of the prompts; with return_logprobs also the log-probability that the
-    model (at temperature 1, the banned ids left out) gave to each of them, a list of lists of floats.
+    model (at temperature 1, the banned ids left out) gave to each of them, a list of lists of floats. ValueError for
+    what cannot be generated; FloatingPointError if the model computes no finite numbers.
     """
     limits = [max_new_tokens] * len(prompts) if limits is None else [min(n, max_new_tokens) for n in limits]
-    check_generate(model, prompts, limits, temperature, top_p)
+    row_ids = range(len(prompts)) if row_ids is None else row_ids
+    check_generate(model, prompts, limits, row_ids, temperature, top_p)
     if not prompts:
         return ([], []) if return_logprobs else []
-    row_ids = range(len(prompts)) if row_ids is None else row_ids
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
+    if banned.all():
+        raise ValueError(f"all {len(banned)} ids are banned: none is left to sample")
     responses, logprobs = [None] * len(prompts), [None] * len(prompts)
     u = torch.stack([uniforms(seed, row_ids[i], max(limits)) for i in order])
     pick = lambda logits, u: sample(logits, u, temperature, top_p)
@@ -564,8 +571,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     return (responses, logprobs) if return_logprobs else responses
 
 
-def check_generate(model, prompts, limits, temperature, top_p):
+def check_generate(model, prompts, limits, row_ids, temperature, top_p):
     """Refuse what cannot be generated, in one line."""
+    if not len(prompts) == len(limits) == len(row_ids):
+        raise ValueError(f"got {len(prompts)} prompts, {len(limits)} limits and {len(row_ids)} row_ids: "
+                         "expected as many of each")
     if min(limits, default=1) < 1 or not (temperature == 0 or 1e-3 <= temperature < math.inf) or not 0 < top_p <= 1:
         raise ValueError(f"got max_new_tokens {min(limits, default=1)}, temperature {temperature}, top_p {top_p}: "
                          "expected at least 1; 0 (greedy), or at least 0.001; and above 0 up to 1")
@@ -615,6 +625,8 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
     horizon = int(limits[row].max())                                             # by then all rows here have ended
     for step in itertools.count():
         if step % 8 == 0 or step == horizon:
+            if not torch.isfinite(x).all():
+                raise FloatingPointError("hidden states of the model that samples are not finite")
             ended = done.nonzero()[:, 0]
             if len(ended) == len(row) and waiting == N:
                 return out[:, :M].tolist(), logprobs[:, :M].tolist()
@@ -726,45 +738,48 @@ def read_json(path):
 
 def hf_config(raw, path):
     """Hugging Face's config.json -> LlamaConfig; refuses by name what this code does not implement."""
+    file = f"{path}/config.json"
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}/config.json holds a {type(raw).__name__}, expected the settings of a LLaMA")
+        raise ValueError(f"{file} holds a {type(raw).__name__}, expected the settings of a LLaMA")
     ropes = [r for r in (raw.get("rope_parameters"), raw.get("rope_scaling")) if r]
-    kinds = [r.get("rope_type", r.get("type", "default")) if isinstance(r, dict) else r for r in ropes]
-    thetas = [r["rope_theta"] for r in (raw, *ropes)
+    kinds = [str(r.get("rope_type", r.get("type", "default")) if isinstance(r, dict) else r) for r in ropes]
+    thetas = [numeric(r["rope_theta"], f"{file}: rope_theta") for r in (raw, *ropes)
               if isinstance(r, dict) and r.get("rope_theta") is not None] or [10000.0]
     window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+    positions = numeric(raw.get("max_position_embeddings") or 2048, f"{file}: max_position_embeddings")
     model_type = raw.get("model_type") or (raw.get("architectures") or ["llama"])[0]
     refused = {"model_type": (model_type,
                               "llama" not in str(model_type).lower() or raw.get("model_type", "llama") != "llama"),
                "rope_scaling": (next((r for r, kind in zip(ropes, kinds) if kind != "default"), None),
                                 set(kinds) - {"default"}),
-               "rope_theta": (thetas, len(set(map(str, map(numeric, thetas)))) > 1),
-               "sliding_window": (window,
-                                  window and numeric(window) < numeric(raw.get("max_position_embeddings", 2048))),
+               "rope_theta": (thetas, len(set(thetas)) > 1),
+               "sliding_window": (window, window and numeric(window, f"{file}: sliding_window") < positions),
                **{key: (raw.get(key), raw.get(key, plain) not in (plain, None)) for key, plain in (
                    ("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("partial_rotary_factor", 1),
                    ("quantization_config", None))}}
     for what, (got, bad) in refused.items():
         if bad:
-            raise ValueError(f"{path}/config.json: {what} = {got} is not implemented here (plain LLaMA only)")
+            raise ValueError(f"{file}: {what} = {got} is not implemented here (plain LLaMA only)")
     sizes = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
              "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size",
              "head_dim": "head_dim", "max_seq_len": "max_position_embeddings"}
     given = {ours: raw[key] for ours, key in sizes.items() if raw.get(key) is not None}
     for key in ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim"):
         if key not in given:
-            raise ValueError(f"{path}/config.json has no {sizes[key]!r}: "
+            raise ValueError(f"{file} has no {sizes[key]!r}: "
                              "is this a LLaMA, and was the stage that writes it run to its end?")
     wrong = [sizes[k] for k, v in given.items() if type(v) is not int or v < 1]
     if wrong:
-        raise ValueError(f"{path}/config.json: {wrong[0]} = {raw[wrong[0]]!r} is not a whole number of at least 1")
+        raise ValueError(f"{file}: {wrong[0]} = {raw[wrong[0]]!r} is not a whole number of at least 1")
     eps = raw.get("rms_norm_eps")
-    return LlamaConfig(**given, norm_eps=1e-6 if eps is None else numeric(eps, f"{path}/config.json: rms_norm_eps"),
-                       rope_theta=numeric(thetas[0], f"{path}/config.json: rope_theta"),
-                       tie_embeddings=bool(raw.get("tie_word_embeddings", False)))
+    try:
+        return LlamaConfig(**given, norm_eps=1e-6 if eps is None else numeric(eps, "rms_norm_eps"),
+                           rope_theta=thetas[0], tie_embeddings=bool(raw.get("tie_word_embeddings", False)))
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
 
 
-def numeric(x, what="a setting"):
+def numeric(x, what):
     """A number as a float; ValueError for anything else."""
     if type(x) not in (int, float):
         raise ValueError(f"{what} = {x!r} is not a number")
@@ -844,7 +859,8 @@ def meta_config(path):
     return LlamaConfig(
         vocab_size=vocab_size if vocab_size > 0 else 32000, dim=given["dim"], n_layers=given["n_layers"],
         n_heads=given["n_heads"], n_kv_heads=given.get("n_kv_heads"), ffn_dim=ffn_dim, norm_eps=given["norm_eps"],
-        rope_theta=numeric(given.get("rope_theta", 10000.0)), max_seq_len=given.get("max_seq_len", 2048)), shards
+        rope_theta=numeric(given.get("rope_theta", 10000.0), f"{path}/params.json: rope_theta"),
+        max_seq_len=given.get("max_seq_len", 2048)), shards
 
 
 def meta_ffn_dim(given):
@@ -926,6 +942,8 @@ def fill(module, readers, path):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"{path}: tensor {name} is {tensor.dtype}: quantised weights are not implemented here")
         params[name].copy_(tensor)
+        if not all(x.isfinite() for x in params[name].aminmax()):
+            raise ValueError(f"{path}: tensor {name} holds numbers that are not finite (NaN or infinite)")
 
 
 def hf_config_json(config, dtype):

@@ -77,6 +77,7 @@ def whiten(x, mask, shift_mean=True):
 
     x, mask (B, R) -> (B, R), 0 in the padding.
     """
+    x = torch.where(mask, x, 0.0)
     mean = masked_mean(x, mask)
     var = masked_mean((x - mean).square(), mask)
     centred = x - mean if shift_mean else x

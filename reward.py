@@ -395,8 +395,8 @@ def backbone_config(path, about, readers, policy=None):
 
 
 def check_reward_model(path, tokenizer):
-    """What a reward model's config files say, without its weights:
-    whether they can be read, and hold the tokenizer's ids."""
+    """What a reward model's files say, without its weights: whether they can be read, and mean what the tokenizer's
+    ids mean."""
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no reward model: expected config.json, as --stage reward writes it")
@@ -405,6 +405,8 @@ def check_reward_model(path, tokenizer):
         read_adapter_config(path)
     elif not isinstance(about, dict) or about.get("model_type") != "reward_model":       # (AlpacaFarm's says no sizes)
         tokenizer.check_fits(hf_config(about, path).vocab_size, path)
+    if (path / "tokenizer.model").is_file():
+        tokenizer.check_same(path / "tokenizer.model")
 
 
 def load_reward_adapter(path, about, trunk, adapter_name):

@@ -40,15 +40,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows, load_preferences,
                   load_prompts, load_sft, pack, permutation, split_by_instruction)
-from eval import accuracy_report, check_rows, evaluate, load_run, pair_accuracy, report, score_pairs, summarise
+from eval import (accuracy_report, check_rows, evaluate, load_run, pair_accuracy, read_evaluation, report, run_settings,
+                  score_pairs, summarise)
 from lora import add_lora, base_folder, lora_parameters, merge_lora
-from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, packed_weights, read_json,
-                   read_model_config, save_llama, write_json)
+from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, packed_weights, read_json, read_model_config,
+                   read_text, save_llama, write_json)
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards,
                  value_loss, whiten)
 from regularizers import EXACT, SAMPLED, sampled
-from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, check_reward_model,
-                    count_parameters, kv_cache_bytes, load_trunk, save_policy, save_reward_model, training_memory)
+from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, check_new_folder,
+                    check_reward_model, count_parameters, kv_cache_bytes, load_trunk, save_policy, save_reward_model,
+                    training_memory)
 
 STAGES = ("sft", "reward", "ppo")
 PAPER_COMPAT = ("reuse_minibatch", "whiten_shift")
@@ -171,6 +173,8 @@ class Config:
         for name in ("gamma", "lam"):
             if getattr(self, name) > 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at most 1")
+        if self.seed >= 1 << 63:
+            raise ValueError(f"--seed {self.seed} is too large: below 2^63")
         if not self.max_grad_norm:
             raise ValueError("--max_grad_norm 0 would make every gradient 0: give a large number for no clipping")
         if self.kl_target and (self.regularizer == "none" or self.kl_coef <= 0 or self.kl_horizon < self.rollout_batch):
@@ -311,6 +315,7 @@ class Run:
 
     def __init__(self, cfg, stage):
         self.folder, self.stage, self.cfg = cfg.folder(stage), stage, cfg
+        self.replaced = []       # the runs whose results are set aside once this one begins (--redo)
         settings = asdict(cfg) | {"model": cfg.input_model(stage), "reward": cfg.reward_path()}
         # relative to the folder: a run can be continued from anywhere, and moved with its inputs
         for name in PATHS:
@@ -327,8 +332,10 @@ class Run:
 
     def evaluated(self):
         """Whether eval.json stands, and was made with these evaluation settings."""
-        path = self.folder / "eval.json"
-        return path.is_file() and all(read_json(path).get(k) == v for k, v in self.evaluation_settings.items())
+        if not (self.folder / "eval.json").is_file():
+            return False
+        found = read_evaluation(self.folder)
+        return all(found.get(k) == v for k, v in self.evaluation_settings.items())
 
     def check(self):
         """Refuse a folder that was made with other settings; True if the stage has been run to its end."""
@@ -338,10 +345,10 @@ class Run:
             raise ValueError(f"cannot write to {self.folder}: "
                              f"{above} is {'not writable' if above.is_dir() else 'a file'}")
         if not path.is_file():
+            check_new_folder(self.folder)
             return False
-        about = read_json(path)
-        before = about.get("run") if isinstance(about, dict) else None
-        if before is None or before.get("stage") != self.stage:
+        before = run_settings(self.folder)
+        if before.get("stage") != self.stage:
             raise ValueError(f"{self.folder} holds something that is not a run of stage {self.stage}: "
                              "choose another --out")
         other = [k for k in self.settings if before.get(k) != self.settings[k]]
@@ -352,14 +359,14 @@ class Run:
         return self.finished
 
     def open(self):
-        """Make the folder, or cut the records of an earlier try back to its checkpoint. -> checkpoint or None."""
-        checkpoint = None
-        if (self.folder / "checkpoint.pt").is_file():
-            try:
-                checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            except Exception as e:      # (torch.load names a damaged file in many ways)
-                raise ValueError(f"{self.folder}/checkpoint.pt cannot be read ({str(e).splitlines()[0]}): "
-                                 f"--redo {self.stage}") from None
+        """Make the folder, or cut the records of an earlier try back to its checkpoint. -> checkpoint or None.
+
+        The models have been read by now: a mistake in their files has set nothing aside."""
+        if is_main():
+            for run in self.replaced:
+                run.set_aside()
+        dist.barrier()
+        checkpoint = self.read_checkpoint()
         steps = gather(checkpoint and checkpoint["step"])
         if len(set(steps)) > 1:
             raise ValueError(f"the processes see different checkpoints in {self.folder} (steps {steps}): "
@@ -374,6 +381,18 @@ class Run:
         dist.barrier()
         return checkpoint
 
+    def read_checkpoint(self):
+        path = self.folder / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:      # (torch.load names a damaged file in many ways)
+            checkpoint = type(e).__name__
+        if not isinstance(checkpoint, dict) or not {"step", "parameters", "optimizer", "trunks"} <= checkpoint.keys():
+            raise ValueError(f"{path} is no checkpoint that can be read: damaged? --redo {self.stage}")
+        return checkpoint
+
     def append(self, name, row):
         if is_main():
             with open(self.folder / name, "a", encoding="utf-8") as f:
@@ -385,7 +404,10 @@ class Run:
         if is_main():
             state = {"step": step, "parameters": [p.detach().cpu() for p in parameters],
                      "optimizer": optimizer.state_dict()} | extra
-            torch.save(state, self.folder / "checkpoint.pt.tmp")
+            with open(self.folder / "checkpoint.pt.tmp", "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())      # or after a power cut the new name could be there, and the content not
             os.replace(self.folder / "checkpoint.pt.tmp", self.folder / "checkpoint.pt")
 
     def finish(self, **summary):
@@ -399,29 +421,33 @@ class Run:
         dist.barrier()
 
     def set_aside(self):
-        """--redo: move what this stage has written to a subfolder `previous`,
-        which goes when the stage is finished again."""
-        previous = self.folder / "previous"
-        if self.folder.is_dir() and any((self.folder / name).exists() for name in WRITTEN):
+        """--redo: move what this stage has written to a subfolder `previous`, which goes when the stage is finished
+        again. A try that was not finished takes no finished result's place there: it goes."""
+        previous, written = self.folder / "previous", [f for f in (self.folder / n for n in WRITTEN) if f.exists()]
+        if written and (self.finished or not (previous / "finished.json").is_file()):
             shutil.rmtree(previous, ignore_errors=True)
             previous.mkdir()
-            for name in WRITTEN:
-                if (self.folder / name).exists():
-                    os.replace(self.folder / name, previous / name)
+            for file in written:
+                os.replace(file, previous / file.name)
+        for file in written:
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
 
     def check_redo(self):
         """Refuse to redo what this stage has not made."""
-        path = self.folder / "config.json"
-        about = read_json(path) if path.is_file() else {"run": {"stage": self.stage}}
-        if not isinstance(about, dict) or about.get("run", {}).get("stage") != self.stage:
+        if not (self.folder / "config.json").is_file():
+            check_new_folder(self.folder)
+        elif run_settings(self.folder).get("stage") != self.stage:
             raise ValueError(f"--redo {self.stage}: {self.folder} was not made by this stage, it is left alone")
 
 
 def cut_lines(path, step):
     """Drop the lines of a JSONL file that are later than `step`, and a half-written last one."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line for line in lines if line and json.loads(line)["step"] <= step]
+        lines = [line for line in read_text(path).split("\n")[:-1] if line]
+        try:
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} holds a line that is no record of a step: remove that line") from None
         Path(f"{path}.tmp").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(f"{path}.tmp", path)
 
@@ -433,9 +459,8 @@ def restore(checkpoint, parameters, optimizer, trunks):
     if checkpoint["trunks"] != trunks:
         raise ValueError("the model that this run started from is another one than when the checkpoint was written: "
                          "put it back, or run the stage again with --redo")
-    if len(checkpoint["parameters"]) != len(parameters):
-        raise ValueError("the checkpoint holds another number of parameters than this model trains: "
-                         "choose another --out")
+    if [p.shape for p in checkpoint["parameters"]] != [p.shape for p in parameters]:
+        raise ValueError("the checkpoint holds other parameters than this model trains: choose another --out")
     for p, saved in zip(parameters, checkpoint["parameters"]):
         p.copy_(saved)
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -519,8 +544,8 @@ class Stopper:
         """Whether any process was asked to stop (the processes have to agree)."""
         flag = torch.tensor([self.signal], device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self.signal = int(flag)
-        return self.signal > 0
+        self.signal = max(self.signal, int(flag))      # (one that has come meanwhile counts the next time)
+        return int(flag) > 0
 
     def leave(self, where, step):
         say(f"stopped after step {step}; the same command (without --redo) continues from {where}")
@@ -769,10 +794,13 @@ def respond(cfg, step, net, inputs):
     picked = batch_indices(len(inputs.prompts), cfg.rollout_batch, f"{cfg.seed} prompts", step - 1)
     mine = range(rank(), cfg.rollout_batch, world_size())
     prompts = [inputs.prompts[picked[i]] for i in mine]
-    with net.acting() as policy:
-        return prompts, *generate(
-            policy, prompts, cfg.response_len, eos_id=inputs.tokenizer.eos_id, seed=f"{cfg.seed} {step}",
-            banned_ids=inputs.banned_ids, batch_size=cfg.generate_batch or None, row_ids=mine, return_logprobs=True)
+    try:
+        with net.acting() as policy:
+            return prompts, *generate(
+                policy, prompts, cfg.response_len, eos_id=inputs.tokenizer.eos_id, seed=f"{cfg.seed} {step}",
+                banned_ids=inputs.banned_ids, batch_size=cfg.generate_batch or None, row_ids=mine, return_logprobs=True)
+    except FloatingPointError as e:
+        raise FloatingPointError(f"step {step}: {e}") from None
 
 
 def collect(cfg, net, reward_model, eos_id, prompts, responses, sampled_logprobs):
@@ -1215,11 +1243,8 @@ def main(argv=None):
         if cfg.dry_run:
             return dry_run(cfg, inputs, todo)
         device = start_processes()
-    if is_main():
-        for s in redo:
-            if s in runs:
-                runs[s].set_aside()
-    dist.barrier()
+    if redo and todo:
+        runs[todo[0]].replaced = [runs[s] for s in redo if s in runs]
     if todo and cfg.model and base_folder(cfg.model) != Path(cfg.model):
         say(f"{cfg.model} is an adapter: it is merged into {base_folder(cfg.model)} first, and that model is "
             + ("the reference" if "ppo" in todo else "trained"))

@@ -26,6 +26,13 @@ def test_a_draw_is_half_a_win_and_swapping_sides_gives_the_rest():
         evaluation.win_rate([1, 2], [1])                    # answers that are not paired cannot be compared
 
 
+def test_a_score_that_is_no_number_is_refused():
+    """NaN compares as neither above nor below: counted as a loss, a broken judge would look like a hopeless policy."""
+    for sides in ([[float("nan"), 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, float("nan")]]):
+        with pytest.raises(ValueError, match="not a number"):
+            evaluation.win_rate(*sides)
+
+
 def test_standard_error_of_a_win_rate_is_the_textbooks():
     """Of 400 prompts, 240 wins: sqrt(.6 * .4 / 400) = .0245. The bootstrap finds it without knowing the formula; its own
     scatter with 1000 resamples is about 2 %, so 10 % is far."""
@@ -240,6 +247,28 @@ def test_a_missing_run_is_one_line(argv, message, capsys):
         evaluation.main(argv)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
+SETTINGS = {"stage": "ppo", "model": "../m", "reward": "../r", "lora_rank": 8, "lora_alpha": 64.0, "regularizer": "kl", "steps": 1,
+            "seed": 0}
+
+
+@pytest.mark.parametrize("command, file, content, message", [
+    *((command, "config.json", content, "does not describe a PPO run") for command in ("figures", "generate")
+      for content in ([], None, {"run": 5}, {"run": {"stage": "ppo"}}, {"run": {"stage": "sft"}})),
+    *(("table", "eval.json", content, "holds no records of an evaluation")
+      for content in ([], {}, None, {"records": []}, {"records": [{"index": 0}]})),
+    ("figures", "metrics.jsonl", {"a": 1}, "metrics.jsonl holds a line that is no record of a step"),
+    ("figures", "evals.jsonl", [1], "evals.jsonl holds a line that is no record of a step")])
+def test_a_run_folder_with_something_else_in_it_is_one_line(tmp_path, command, file, content, message, capsys):
+    """Files that are JSON but not what a run writes: the file is named."""
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"run": SETTINGS}))
+    (tmp_path / file).write_text(json.dumps(content) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([command, str(tmp_path), *["--prompt=x"] * (command == "generate")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and message in err, err
 
 
 # ------------------------------------------------------------------------------------------ exports and judges' files

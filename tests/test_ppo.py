@@ -84,6 +84,18 @@ def test_whiten_equals_a_loop_over_the_real_tokens(shift_mean):
     assert torch.equal(got[~MASK], torch.zeros(24 - N, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_no_gradient_of_whitened_numbers_comes_from_the_padding(poison, shift_mean):
+    """The gradient of a masked square is 2 x (x - mean) * 0: of NaN, that is NaN for every token."""
+    weights, mask, gradients = torch.tensor([[1.0, 3.0, 1.0]]), torch.tensor([[True, True, False]]), []
+    for padding in (poison, 7.0):
+        x = torch.tensor([[1.0, 2.0, padding]], requires_grad=True)
+        (whiten(x, mask, shift_mean) * weights).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and torch.isfinite(gradients[0]).all() and gradients[0][0, 2] == 0
+
+
 def test_whiten_of_equal_numbers_is_finite():
     """If every advantage is the same there is nothing to learn: 0, not 0 / 0."""
     assert torch.equal(whiten(torch.full((4, 6), 2.0), MASK), torch.zeros(4, 6))

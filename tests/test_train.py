@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import train
 from data import Example, Tokenizer, format_prompt, pack
 from lora import adapter, add_lora, lora_parameters
-from model import KVCache, Llama, LlamaConfig, ban_mask, prefill, read_model_config, save_llama
+from model import KVCache, Llama, LlamaConfig, ban_mask, generate, load_llama, prefill, read_model_config, save_llama
 from ppo import Rollout
 from reward import ActorCritic, RewardModel, build_models, save_reward_model
 
@@ -147,12 +147,38 @@ def test_a_run_does_not_continue_on_another_trunk(tiny, tmp_path, capsys, monkey
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("content", [b"", b"PK", torch.zeros(2), {"step": 1}])
+def test_a_damaged_checkpoint_is_one_line(tiny, tmp_path, content, one_process, capsys):
+    """Empty, cut off, or something else: status 2, and the way out."""
+    run = train.Run(train.parse(ppo_flags(tiny, tmp_path / "run")), "ppo")
+    run.folder.mkdir()
+    torch.save(content, run.folder / "checkpoint.pt")
+    if isinstance(content, bytes):
+        (run.folder / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint.pt is no checkpoint that can be read: damaged. --redo ppo"):
+        run.open()
+
+
+def test_a_signal_that_comes_while_the_processes_agree_counts_the_next_time(monkeypatch, one_process):
+    """Each step ends with a question to all processes, whether one was asked to stop. A signal during the question is not
+    in its answer; written over by it, it would be lost."""
+    stopper, reduce = train.Stopper(), torch.distributed.all_reduce
+    monkeypatch.setattr(train.dist, "all_reduce", lambda flag, op: (reduce(flag, op=op), stopper.note(signal.SIGTERM, None)))
+    assert not stopper.asked("cpu")
+    monkeypatch.undo()
+    assert stopper.asked("cpu") and stopper.signal == signal.SIGTERM
+
+
 def test_a_half_written_record_is_cut_at_the_checkpoint(tmp_path):
     """A kill can leave lines that are later than the checkpoint, and half a line: both go, or steps would appear twice."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     train.cut_lines(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    for line in ('{"loss": 1}', "[1]", "no JSON"):
+        path.write_text(f'{{"step": 1}}\n{line}\n')
+        with pytest.raises(ValueError, match="metrics.jsonl holds a line that is no record"):
+            train.cut_lines(path, 2)
 
 
 def test_the_same_seed_twice_is_equal_and_another_differs(tiny, whole_run, tmp_path):
@@ -186,6 +212,19 @@ def test_nan_stops_the_run_and_overwrites_nothing(tiny, tmp_path, monkeypatch, o
         train.ppo(run, inputs, one_process, train.Stopper())
     assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["step"] == 2
     assert not (run.folder / "policy").exists()
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_model_that_computes_no_numbers_is_reported(tiny, temperature):
+    """NaN has no largest id and no cumulative probability: without a check, garbage or an error from deep inside torch."""
+    model = load_llama(tiny / "sft")
+    with torch.no_grad():
+        model.layers[1].feed_forward.w2.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="hidden states .* not finite"):
+        generate(model, [[1, 5], [1]], 20, temperature)
+    cfg = train.parse(ppo_flags(tiny, "out"))
+    with pytest.raises(FloatingPointError, match="step 3: hidden states"):
+        train.respond(cfg, 3, ActorCritic(model), train.load_inputs(cfg, ["ppo"]))
 
 
 # ---------------------------------------------------------------------------------------------- the stages' numbers
@@ -522,7 +561,7 @@ BAD_INPUT = [
     (["--lam=1.5"], {}, "at most 1"),
     (["--stage=sft", "--reward=", "--lr=1", "--sft_lr=2"], {}, "give one of them"),
     (["--stage=all"], {}, "--reward goes with --stage ppo"),
-    (["--redo=sft"], {}, "does not go with --stage ppo"),
+    (["--redo=sft"], {}, "does not go with --stage ppo"), (["--seed=9223372036854775808"], {}, "--seed 9223372036854775808"),
     (["--redo=eval"], {}, "without --eval_data"),
     (["--stage=sft", "--reward=", "--max_len=400"], {}, "exceeds the model's 128 positions"),
     (["--regularizer=reverse_kl"], {}, "exact divergences"),
@@ -610,6 +649,70 @@ def test_redo_leaves_what_it_did_not_make_alone(tmp_path, capsys):
     run.set_aside()
     assert sorted(p.name for p in (tmp_path / "ppo").iterdir()) == ["notes.txt", "previous"]
     assert (tmp_path / "ppo" / "previous" / "config.json").is_file()
+
+
+def test_a_second_try_keeps_the_result_that_the_first_has_set_aside(tmp_path):
+    """A redo that was stopped, and the same command again: a try without an end takes no finished result's place."""
+    run = train.Run(train.parse([f"--out={tmp_path}"]), "ppo")
+    (run.folder / "policy").mkdir(parents=True)
+    for name in ("config.json", "finished.json", "eval.json", "policy/adapter_model.safetensors"):
+        (run.folder / name).write_text("first")
+    for attempt in ("second", "third"):
+        run.set_aside()
+        assert [p.name for p in run.folder.iterdir()] == ["previous"]
+        for name in ("config.json", "checkpoint.pt"):
+            (run.folder / name).write_text(attempt)
+        (run.folder / "policy").mkdir()
+    kept = sorted(p for p in (run.folder / "previous").rglob("*") if p.is_file())
+    assert [p.name for p in kept] == ["config.json", "eval.json", "finished.json", "adapter_model.safetensors"]
+    assert all(p.read_text() == "first" for p in kept)
+    (run.folder / "finished.json").write_text("fourth")
+    run.set_aside()                                                  # .. but a finished one does
+    assert (run.folder / "previous" / "finished.json").read_text() == "fourth"
+
+
+def test_a_redo_that_cannot_begin_has_moved_nothing(tiny, tmp_path, capsys):
+    """The SFT model cannot be read any more: the PPO run that was made from it is still the run."""
+    shutil.copytree(tiny / "sft", tmp_path / "sft")
+    flags = ppo_flags(tiny, tmp_path / "run", model=tmp_path / "sft")
+    run = train.Run(train.parse(flags), "ppo")
+    run.folder.mkdir()
+    (run.folder / "config.json").write_text(json.dumps({"run": run.settings}))
+    (run.folder / "finished.json").write_text("{}")
+    weights = tmp_path / "sft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--redo=ppo"])
+    torch.distributed.destroy_process_group()
+    assert stop.value.code == 2 and "truncated" in capsys.readouterr().err
+    assert sorted(p.name for p in run.folder.iterdir()) == ["config.json", "finished.json"]
+
+
+@pytest.mark.parametrize("redo", [[], ["--redo=ppo"]])
+@pytest.mark.parametrize("name", ["adapter_config.json", "params.json", "model.safetensors"])
+def test_a_folder_with_somebodys_model_is_no_run_folder(tiny, tmp_path, name, redo, capsys):
+    """An adapter's folder has no config.json, nor has Meta's: what is in it is somebody's, and would be overwritten, or
+    read instead of what was written beside it."""
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(SystemExit) as stop:
+        train.main([*ppo_flags(tiny, tmp_path), *redo])
+    assert stop.value.code == 2 and f"holds a model already ({name})" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "theirs"
+
+
+def test_a_reward_model_that_knows_other_words_is_refused(tiny, tmp_path, capsys):
+    """As many pieces, but id 12 is another one: the scores would be of a text that nobody has written."""
+    shutil.copytree(tiny / "reward", tmp_path / "reward")
+    pieces = (tiny / "sft" / "tokenizer.model").read_bytes()
+    for tokenizer, code in ((pieces.replace("\u2581speaks".encode(), "\u2581speakz".encode(), 1), 2), (pieces, None)):
+        (tmp_path / "reward" / "tokenizer.model").write_bytes(tokenizer)
+        flags = [*ppo_flags(tiny, tmp_path / "out"), f"--reward={tmp_path / 'reward'}", "--dry_run"]
+        if code is None:
+            train.main(flags)
+        else:
+            with pytest.raises(SystemExit) as stop:
+                train.main(flags)
+            assert stop.value.code == code and re.search("id 12 is .*speaks' in .*speakz' in", capsys.readouterr().err)
 
 
 def test_a_stage_made_from_an_older_one_is_not_taken_for_finished(tmp_path, capsys):
