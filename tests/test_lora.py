@@ -4,6 +4,7 @@ The models are tiny (2 layers, width 64, 4 heads, vocabulary 128, float32). gold
 adapter folders and the expected logits come from.
 """
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -408,6 +409,10 @@ def test_an_unknown_adapter_or_target_is_refused_by_name(tmp_path):
     model = trunk(tmp_path)
     with pytest.raises(ValueError, match="q_proj"):
         add_lora(model, "policy", r=4, alpha=16, targets=("wq", "q_proj"))
+    for odd in ({"targets": ()}, {"alpha": float("nan")}, {"r": 2.5}, {"r": 0}, {"dropout": 1.0}):
+        with pytest.raises(ValueError, match=f"adapter policy: got .*{next(iter(odd))}"):
+            add_lora(model, "policy", **{"r": 4, "alpha": 16} | odd)
+    assert all(p.requires_grad for p in model.parameters())
     add_lora(model, "policy", r=4, alpha=16)
     with pytest.raises(ValueError, match="polcy.*policy"), adapter(model, "polcy"):
         pass
@@ -447,6 +452,17 @@ def test_an_adapter_that_peft_wrote_gives_pefts_logits(case, tmp_path):
     merge_lora(model, "policy")
     with torch.no_grad():
         assert largest(model(expected["tokens"]) - expected["adapter_logits"]) <= 1e-5
+
+
+def test_pefts_all_linear_names_each_layer_by_its_path(tmp_path):
+    """With target_modules="all-linear" peft writes model.layers.0.self_attn.q_proj, .. instead of q_proj: the same adapter."""
+    shutil.copytree(GOLDEN / "mha" / "adapter", tmp_path / "adapter")
+    file, model = tmp_path / "adapter" / "adapter_config.json", trunk(tmp_path)
+    config, expected = json.loads(file.read_text()), load_file(GOLDEN / "mha" / "expected.safetensors")
+    config["target_modules"] = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in config["target_modules"]]
+    file.write_text(json.dumps(config))
+    load_lora(model, "policy", tmp_path / "adapter")
+    assert largest(logits(model, "policy", expected["tokens"]) - expected["adapter_logits"]) <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["mha", "gqa"])

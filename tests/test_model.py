@@ -750,13 +750,16 @@ def test_what_a_row_samples_does_not_depend_on_its_batch_mates(tmp_path):
     assert generate(model, prompts, 100, seed=4, batch_size=3) == whole
     halves = [generate(model, prompts[r::2], 100, seed=4, row_ids=range(r, 32, 2)) for r in (0, 1)]
     assert [row for pair in zip(*halves) for row in pair] == whole
+    assert generate(model, prompts, 100, seed=torch.tensor(4), row_ids=torch.arange(32)) == whole      # 4 is 4, of any type
 
 
 def test_what_cannot_be_generated_is_refused_in_one_line(tmp_path):
     """Too long for the model's positions, an empty prompt, ids of another tokenizer, a top_p or temperature out of range."""
     model = golden_model("mha", tmp_path)
     for prompts, options, says in [([[1] * 100], {}, "128"), ([[1], []], {}, "empty"), ([[1, 128]], {}, "127"),
-                                   ([[1]], {"top_p": 0}, "top_p"), ([[1]], {"temperature": -1}, "temperature")]:
+                                   ([[1]], {"top_p": 0}, "top_p"), ([[1]], {"temperature": -1}, "temperature"),
+                                   ([[1]], {"banned_ids": range(128)}, "all 128 ids are banned"),
+                                   ([[1], [1]], {"limits": [3]}, "2 prompts, 1 limits"), ([[1]], {"row_ids": [0, 1]}, "2 row_ids")]:
         with pytest.raises(ValueError, match=says):
             generate(model, prompts, 29, **options)
     assert len(generate(model, [[1] * 100], 28, eos_id=-1)[0]) == 28
