@@ -382,6 +382,7 @@ class Run:
         return checkpoint
 
     def read_checkpoint(self):
+        """The checkpoint, or None where there is none; ValueError if it is damaged."""
         path = self.folder / "checkpoint.pt"
         if not path.is_file():
             return None
@@ -544,8 +545,9 @@ class Stopper:
         """Whether any process was asked to stop (the processes have to agree)."""
         flag = torch.tensor([self.signal], device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self.signal = max(self.signal, int(flag))      # (one that has come meanwhile counts the next time)
-        return int(flag) > 0
+        if flag > 0:                 # (else this one's signal stays: it may have come meanwhile, for the next time)
+            self.signal = int(flag)
+        return bool(flag > 0)
 
     def leave(self, where, step):
         say(f"stopped after step {step}; the same command (without --redo) continues from {where}")
