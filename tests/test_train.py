@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 import train
 from data import Example, Tokenizer, format_prompt, pack
 from lora import adapter, add_lora, lora_parameters
-from model import KVCache, Llama, LlamaConfig, ban_mask, generate, load_llama, prefill, read_model_config, save_llama
+from model import (KVCache, Llama, LlamaConfig, ban_mask, generate, load_llama, packed_weights, prefill, read_model_config,
+                   save_llama)
 from ppo import Rollout
-from reward import ActorCritic, RewardModel, build_models, save_reward_model
+from reward import ActorCritic, RewardModel, assess, build_models, save_reward_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMINGS = {"sample_seconds", "score_seconds", "update_seconds"}
@@ -212,6 +213,19 @@ def test_nan_stops_the_run_and_overwrites_nothing(tiny, tmp_path, monkeypatch, o
         train.ppo(run, inputs, one_process, train.Stopper())
     assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["step"] == 2
     assert not (run.folder / "policy").exists()
+
+
+def test_full_fine_tuning_starts_at_a_kl_of_exactly_0(tmp_path):
+    """At the toy model's width, where a packed product rounds unlike a plain one: policy and frozen copy are one model, and
+    have to be computed by the same kernels."""
+    torch.manual_seed(0)
+    save_llama(Llama(train.TOY_MODEL), tmp_path / "sft")
+    save_reward_model(RewardModel(Llama(train.TOY_MODEL, lm_head=False)), tmp_path / "reward")
+    net, reward_model = build_models(tmp_path / "sft", tmp_path / "reward", "cpu", torch.float32, rank=0)
+    prompts, responses = [[1, *range(5 + i, 40)] for i in range(8)], [[*range(40, 60 + i), 2] for i in range(8)]
+    with packed_weights(net, reward_model):
+        rollout = assess(net, reward_model, prompts, responses, 2, 8)
+    assert (rollout.kl == 0).all() and torch.equal(rollout.logprobs, rollout.ref_logprobs)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
