@@ -527,7 +527,7 @@ def pad_right(rows, fill=0):
 
 @contextmanager
 def eval_mode(model):
-    """Dropout off inside, as it was afterwards."""
+    """Dropout off inside; the earlier mode is restored on exit."""
     training = model.training
     model.eval()
     try:

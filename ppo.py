@@ -119,6 +119,7 @@ def gae(rewards, values, response_mask, gamma, lam):
 
 def explained_variance(values, returns, response_mask):
     """1 - Var(return - V) / Var(return): 1 is a perfect critic, 0 one that says the mean, below 0 a harmful one."""
+    values, returns = torch.where(response_mask, values, 0.0), torch.where(response_mask, returns, 0.0)
     error = returns - values
     spread = lambda x: masked_mean((x - masked_mean(x, response_mask)).square(), response_mask)
     return 1 - spread(error) / spread(returns).clamp(min=1e-8)

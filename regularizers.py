@@ -5,7 +5,7 @@ Legend   B batch, R response tokens, V vocabulary; p the policy, q the reference
 
     name                   sampled(d)                                  expectation under p         >= 0
     kl                     d                                   (k1)    KL(p || q)                  no
-    clamped_kl             max(d, 0)                                   > KL: loses the negatives   yes
+    clamped_kl             max(d, 0)                                   >= KL: loses the negatives  yes
     squared_error          d^2 / 2                             (k2)    about KL when p is near q   yes
     bregman                exp(-d) - 1 + d                     (k3)    KL(p || q)                  yes
     bregman_paper          exp(d) - 1 - d                              chi^2(p || q) - KL(p || q)  yes

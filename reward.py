@@ -169,7 +169,7 @@ def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
     device = net.policy.device
     scores = score_responses(reward_model, prompts, responses, eos_id, micro_batch)
     groups, parts = by_length(prompts, responses, micro_batch), []
-    # a policy that trains whole is packed as its frozen reference is: another kernel rounds otherwise, KL would not be 0
+    # a policy that trains whole is packed like its frozen reference: another kernel rounds otherwise, and KL is not 0
     with eval_mode(net), packed_weights(net), packed_weights(net.policy, frozen_only=False):
         for index in groups:
             batch = [x.to(device) for x in pack([prompts[i] for i in index], [responses[i] for i in index])]

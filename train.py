@@ -1157,7 +1157,7 @@ def plan(cfg):
     order = [*runs] + ["eval"] * ("ppo" in runs and bool(cfg.eval_data))
     if cfg.redo and cfg.redo not in order:
         raise ValueError(f"--redo {cfg.redo} does not go with --stage {cfg.stage}"
-                         + (" without --eval_data" if cfg.redo == "eval" else ""))
+                         + (" without --eval_data" if cfg.redo == "eval" and "ppo" in runs else ""))
     redo = order[order.index(cfg.redo):] if cfg.redo else []      # the named stage, and those that build on it
     for s in runs:
         runs[s].check_redo() if s in redo else None
@@ -1187,7 +1187,7 @@ def dry_run(cfg, inputs, stages):
         rank, batch = get("lora_rank"), cfg.rollout_batch if stage == "ppo" else get("batch")
         say(f"{stage}: {steps} steps of {batch} from {len(rows[stage])} rows "
             f"({steps * batch / len(rows[stage]):.1f} passes)"
-            + (f", {cfg.ppo_epochs * cfg.rollout_batch // cfg.minibatch} optimiser steps each"
+            + (f", {cfg.ppo_epochs * cfg.rollout_batch // cfg.step_batch} optimiser steps each"
                if stage == "ppo" else ""))
         for layout, trained, memory in layouts(cfg, stage, config, dtype, rank, device):
             say(f"  {layout}: {trained:,} parameters are trained ({100 * trained / total:.3f} % of the model's)")
