@@ -100,7 +100,7 @@ class Tokenizer:
                        if self.sp.id_to_piece(i) != other.sp.id_to_piece(i)), None)
         if differ is not None:
             raise ValueError(f"id {differ} is {self.sp.id_to_piece(differ)!r} in {self.path} but "
-                             f"{other.sp.id_to_piece(differ)!r} in {path}: the two models do not speak of the same text")
+                             f"{other.sp.id_to_piece(differ)!r} in {path}: the models have different tokenizers")
 
     def check_fits(self, model_vocab_size, model_path):
         """ValueError if this tokenizer has ids that the model has no embedding for."""

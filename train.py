@@ -1,11 +1,11 @@
 """The stages of RLHF - SFT, reward model, PPO - as plain DistributedDataParallel loops.
 
     python train.py                                  one process, the toy world
-    torchrun --nproc_per_node=2 train.py             two processes, the same results
+    torchrun --nproc_per_node=2 train.py             two processes, the same results but for rounding
     torchrun --nproc_per_node=2 train.py --stage ppo --model runs/sft --reward runs/reward
              --prompts unlabeled.json --out runs/ppo
 
-Read it from the bottom up or from the top down: settings, run folder, processes, the three stages, main.
+Read `ppo`, `ppo_step` and `update` first; in order: settings, run folder, processes, the three stages, main.
 
 Legend   B sequences of a global batch, T tokens, R response tokens
 
@@ -190,8 +190,8 @@ class Config:
         fitting = "sampled" if self.regularizer_mode == "reward" else "exact"
         if self.divergence == "exact" and fitting == "sampled":
             raise ValueError("--divergence exact with --regularizer_mode reward: a sum over the "
-                             "vocabulary is the same whichever token is drawn, so the baseline "
-                             "cancels it and it has no gradient: --regularizer_mode loss")
+                             "vocabulary is the same whichever token is drawn: its own "
+                             "token's gradient is 0, the rest not implemented: --regularizer_mode loss")
         if self.divergence == "sampled" and fitting == "exact":
             raise ValueError("--divergence sampled with --regularizer_mode loss: the derivative "
                              "of a one-sample form is not the divergence's gradient (k1's is 0 "

@@ -580,7 +580,7 @@ BAD_INPUT = [
     (["--stage=sft", "--reward=", "--max_len=400"], {}, "exceeds the model's 128 positions"),
     (["--regularizer=reverse_kl"], {}, "exact divergences"),
     (["--regularizer=bregman", "--regularizer_mode=loss"], {}, "exact divergences"),
-    (["--divergence=exact"], {}, "the baseline cancels it.*--regularizer_mode loss"),
+    (["--divergence=exact"], {}, "own token's gradient is 0.*--regularizer_mode loss"),
     (["--divergence=sampled", "--regularizer_mode=loss"], {}, "not the divergence's gradient.*--divergence exact"),
     (["--paper_compat=padding"], {}, "'padding' is not one of reuse_minibatch, whiten_shift"),
     (["--paper_compat=whiten_shift", "--whiten_rewards"], {}, "give one of them"),
