@@ -27,8 +27,9 @@ Two ways to use a divergence, which are not the same:
   change that: in the toy world's study (README), at a token KL of .3, k2 held the policy as k1 did, and the two
   Jensen-Shannons, which are bounded for tokens that the policy has come to prefer, let it go .6 to 1 times as far as no
   penalty did.
-* in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one (of KL with
-  respect to a logit: p (log p - log q - KL)).
+* in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one of each token's
+  divergence at the states visited (of KL with respect to a logit: p (log p - log q - KL)). How a token changes the KL
+  of later states is left out; k1 in the reward has it, through GAE.
 The other two combinations are refused. An exact divergence in the reward is the same number whichever token is drawn:
 its own-token gradient is 0. A sampled form in the loss has a derivative, but not the divergence's: k1's is 0 on
 average, k3's that of KL(q || p).
