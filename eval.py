@@ -444,25 +444,34 @@ def compact(x):
 
 
 def load_outcomes(paths):
-    """PPO run folders, outcomes as toy/study.py writes them, folders of such -> {variant: outcomes, one per seed}."""
-    found = []
+    """PPO run folders, outcomes as toy/study.py writes them, folders of such -> {variant: outcomes, one per seed}.
+
+    Runs with the same settings but for seed and inputs are one variant; if two of them have one seed, say with other
+    reward models, each is a variant for itself, called by its path."""
+    files = {}                                                                       # (each once)
     for path in map(Path, paths):
-        if (path / "config.json").is_file():
-            found.append(outcome(path))
-        else:
-            found += [read_json(p) for p in (sorted(path.glob("*.json")) if path.is_dir()
-                                             else [path] if path.is_file() else [])]
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}: expected PPO run folders, or outcomes of toy/study.py")
+        is_study = path.is_dir() and not (path / "config.json").is_file()
+        files |= {p.resolve(): p for p in (sorted(path.glob("*.json")) if is_study else [path])}
+    files = list(files.values())
+    found = [outcome(p) if p.is_dir() else read_json(p) for p in files]
     needed = {"curve", "settings", "seed", "wins", "training"}
     if not found or not all(isinstance(o, dict) and needed <= o.keys() for o in found):
         raise ValueError(f"{', '.join(map(str, paths))}: expected PPO run folders, "
                          "or outcomes that toy/study.py has written")
     variants, settings = {}, [o["settings"] for o in found]
     differ = [k for k in settings[0] if k not in INPUTS and len({str(x.get(k)) for x in settings}) > 1]
-    for o in sorted(found, key=lambda o: (o.get("order", 0), o["seed"])):
+    for file, o in sorted(zip(files, found), key=lambda pair: (pair[1].get("order", 0), pair[1]["seed"])):
         name = (o.get("variant")
                 or ", ".join(f"{k} {o['settings'].get(k)}" for k in differ) or o["settings"]["regularizer"])
-        variants.setdefault(name, []).append(o)
-    return variants
+        variants.setdefault(name, {})[file] = o
+    named = {}
+    for name, runs in variants.items():
+        apart = len({o["seed"] for o in runs.values()}) < len(runs)
+        for file, o in runs.items():
+            named.setdefault(str(file) if apart else name, []).append(o)
+    return named
 
 
 UNKNOWN = {"value": float("nan"), "se": float("nan")}
@@ -502,21 +511,23 @@ def study_table(variants, base):
     def cell(x, form):
         return with_se(x, form) if x and x["value"] == x["value"] else "-"
 
-    width = max(map(len, variants)) + 2
+    width, last = max(map(len, variants)) + 2, max(22, len(base) + 8)
     lines = ["mean over seeds +- standard error, of prompts and seeds (one seed: of prompts alone); the last column "
              f"is the win rate against the reference less that of {base!r}, paired by prompt", "",
-             f"{'':{width}}{'seeds':>5}" + "".join(f"{label:>16}" for label, *_ in COLUMNS) + f"{'minus ' + base:>22}"]
+             f"{'':{width}}{'seeds':>5}" + "".join(f"{label:>16}" for label, *_ in COLUMNS)
+             + f"{'minus ' + base:>{last}}"]
     for name, runs in variants.items():
         cells = [cell(over_seeds([(o["curve"] or [{}])[-1].get(key, UNKNOWN) for o in runs]), form)
                  for _, key, form in COLUMNS]
         minus = cell(difference(runs, variants[base], 1), "{:+.1%}") if name != base else ""
-        lines.append(f"{name:{width}}{len(runs):>5}" + "".join(f"{c:>16}" for c in cells) + f"{minus:>22}")
+        lines.append(f"{name:{width}}{len(runs):>5}" + "".join(f"{c:>16}" for c in cells) + f"{minus:>{last}}")
     return "\n".join(lines)
 
 
 def seeds_table(variants, base):
     """What single seeds say of the variants that have several: win rate, its difference from `base`, and KL."""
     won, kl = (lambda o: o["curve"][-1]["win_reference"]["value"]), (lambda o: o["curve"][-1]["kl_per_token"]["value"])
+    width = max(map(len, variants)) + 2
     lines = ["", f"by seed: win rate against the reference; less that of {base!r}, and its 95 % interval; KL per token"]
     for name, runs in variants.items():
         if len(runs) > 1 and all(o["curve"] for o in runs):
@@ -524,7 +535,7 @@ def seeds_table(variants, base):
             of_base = {o["seed"]: won(o) for o in variants[base] if o["curve"]}
             less = " ".join(f"{won(o) - of_base[o['seed']]:+.1%}" for o in runs if o["seed"] in of_base)
             interval = f"({d['low']:+.1%} to {d['high']:+.1%})" if d and name != base else ""
-            lines.append(f"  {name:22}" + " ".join(f"{won(o):.1%}" for o in runs) + f"   {less} {interval}   "
+            lines.append(f"  {name:{width}}" + " ".join(f"{won(o):.1%}" for o in runs) + f"   {less} {interval}   "
                          + " ".join(f"{kl(o):.3f}" for o in runs))
     return "\n".join(lines) if len(lines) > 2 else ""
 

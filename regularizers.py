@@ -45,14 +45,37 @@ import math
 import torch
 import torch.nn.functional as F
 
-SAMPLED = ("kl", "clamped_kl", "bregman", "bregman_paper", "squared_error", "jensen_shannon", "jensen_shannon_paper")
-EXACT = ("kl", "reverse_kl", "jensen_shannon")
 LOG2 = math.log(2.0)
-
 
 def log_half_sum(d):
     """log((1 + exp(d)) / 2) without overflow and exactly 0 at d = 0."""
     return torch.where(d < 1, torch.log1p(torch.expm1(d.clamp(max=1.0)) / 2), F.softplus(d, threshold=40) - LOG2)
+
+
+def kl_terms(logp, logq):
+    """sum p (log p - log q) over the last dimension."""
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def jensen_shannon_terms(logp, logq):
+    """sum p (log p - log m) / 2 + q (log q - log m) / 2 over the last dimension, m = (p + q) / 2."""
+    d = logp - logq                               # log p - log m = -log((1 + e^-d) / 2), exactly 0 where p = q
+    return -(logp.exp() * log_half_sum(-d) + logq.exp() * log_half_sum(d)).sum(-1) / 2
+
+
+SAMPLED = {      # name -> penalty of a token as a function of its d; one more is a line here (and a test)
+    "kl": lambda d: d,
+    "clamped_kl": lambda d: d.clamp(min=0),
+    "bregman": lambda d: torch.expm1(-d) + d,
+    "bregman_paper": lambda d: torch.expm1(d) - d,
+    "squared_error": lambda d: d.square() / 2,
+    # r = exp(-d): log(2r/(1+r)) = -log((1+e^d)/2) and log(2/(1+r)) = -log((1+e^-d)/2)
+    "jensen_shannon": lambda d: -(torch.exp(-d) * log_half_sum(d) + log_half_sum(-d)) / 2,
+    "jensen_shannon_paper": lambda d: -log_half_sum(-d.abs()) / 2}
+EXACT = {        # name -> divergence as a function of log p, log q (.., V), all of them finite
+    "kl": kl_terms,
+    "reverse_kl": lambda logp, logq: kl_terms(logq, logp),
+    "jensen_shannon": jensen_shannon_terms}
 
 
 def sampled(name, logprobs, ref_logprobs):
@@ -63,22 +86,7 @@ def sampled(name, logprobs, ref_logprobs):
     if name not in SAMPLED:
         raise ValueError(f"no sampled regularizer called {name}: choose from {', '.join(SAMPLED)}")
     d = logprobs.double() - ref_logprobs.double()
-    if name == "kl":
-        penalty = d
-    elif name == "clamped_kl":
-        penalty = d.clamp(min=0)
-    elif name == "squared_error":
-        penalty = d.square() / 2
-    elif name == "bregman":
-        penalty = torch.expm1(-d) + d
-    elif name == "bregman_paper":
-        penalty = torch.expm1(d) - d
-    elif name == "jensen_shannon":
-        # r = exp(-d): log(2r/(1+r)) = -log((1+e^d)/2) and log(2/(1+r)) = -log((1+e^-d)/2)
-        penalty = -(torch.exp(-d) * log_half_sum(d) + log_half_sum(-d)) / 2
-    else:
-        penalty = -log_half_sum(-d.abs()) / 2
-    return penalty.to(logprobs.dtype)
+    return SAMPLED[name](d).to(logprobs.dtype)
 
 
 def exact(name, logits, ref_logits):
@@ -94,19 +102,4 @@ def exact(name, logits, ref_logits):
     floor = -1e30      # a logit of -inf: probability 0 with finite arithmetic, so that 0 * log 0 is 0 in gradients too
     logp, logq = (F.log_softmax(x if x.dtype == torch.float64 else x.float(), dim=-1).clamp(min=floor)
                   for x in (logits, ref_logits))
-    return exact_of_logprobs(name, logp, logq)
-
-
-def exact_of_logprobs(name, logp, logq):
-    """`exact` of distributions given by their log-probabilities, all finite."""
-    if name == "kl":
-        return kl_terms(logp, logq)
-    if name == "reverse_kl":
-        return kl_terms(logq, logp)
-    d = logp - logq                               # log p - log m = -log((1 + e^-d) / 2), exactly 0 where p = q
-    return -(logp.exp() * log_half_sum(-d) + logq.exp() * log_half_sum(d)).sum(-1) / 2
-
-
-def kl_terms(logp, logq):
-    """sum p (log p - log q) over the last dimension."""
-    return (logp.exp() * (logp - logq)).sum(-1)
+    return EXACT[name](logp, logq)

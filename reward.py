@@ -18,7 +18,6 @@ import math
 import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ from model import (MAX_LOGITS, WEIGHT_FILES, Linear, Llama, LlamaConfig, ban_mas
                    open_checkpoint, our_name, packable, packed_weights, read_json, read_model_config, response_logprobs,
                    save_llama, save_shards, save_weights, write_json)
 from ppo import Rollout, join_rollouts
-from regularizers import exact_of_logprobs
+from regularizers import EXACT
 
 
 def bradley_terry_loss(chosen, rejected):
@@ -132,7 +131,7 @@ class ActorCritic(nn.Module):
                     ref = ref_model.output, states(ref_model)
             with adapter(self.policy, self.policy_adapter):
                 flat = response_logprobs(self.policy.output, states(self.policy), targets, self.banned_mask, ref,
-                                         partial(exact_of_logprobs, divergence))
+                                         divergence and EXACT[divergence])
             if self.critic is not None:
                 with adapter(self.critic, self.value_adapter):
                     value_states = states(self.critic)

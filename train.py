@@ -80,8 +80,8 @@ class Config:
     redo: str = knob("", "set the results of this stage, and of those that build on it, aside, and run it again",
                      choices=("", *STAGES, "eval"))
     seed: int = knob(0, "seed of everything random", low=0)
-    dtype: str = knob("auto", "of frozen weights; auto is float32 on a CPU and bfloat16 on a GPU (a CPU without bfloat16 "
-                              "of its own, AVX-512 BF16 or AMX, is far slower in it)",
+    dtype: str = knob("auto", "of frozen weights; auto is float32 on a CPU and bfloat16 on a GPU (a CPU without "
+                              "bfloat16 of its own, AVX-512 BF16 or AMX, is far slower in it)",
                       choices=("auto", "float32", "bfloat16"))
     max_len: int = knob(512, "longest row of the sft and reward stages, tokens; longer ones lose their tail", low=2)
     micro_batch: int = knob(8, "sequences per forward pass of one process (pairs, in the reward stage)", low=1)
@@ -128,7 +128,7 @@ class Config:
     vf_coef: float = knob(0.1, "weight of the value loss", low=0)
     whiten_rewards: bool = knob(False, "divide shaped rewards by their standard deviation (never shifts them)")
     regularizer: str = knob("kl", "penalty for leaving the reference",
-                            choices=("none", *dict.fromkeys(SAMPLED + EXACT)))
+                            choices=("none", *(SAMPLED | EXACT)))
     regularizer_mode: str = knob("reward", "charge the sampled penalty to the reward, or add the exact one to the loss",
                                  choices=("reward", "loss"))
     divergence: str = knob("", "sampled: a number per drawn token; exact: a sum over the vocabulary, differentiable "

@@ -161,6 +161,20 @@ def test_study_data_become_a_table_and_figures(tmp_path, monkeypatch, capsys):
     assert "Win rate over training" in out and "Factual precision" not in out        # these data say nothing about facts
 
 
+def test_runs_that_share_a_seed_are_not_averaged_as_seeds(tmp_path):
+    """Two runs of seed 0 with the same settings - from other reward models, say - are no sample of seeds: each has a row of
+    its own, called by its path. The same file named twice is one run, and a path that is none is not passed over."""
+    for name, seed, won in (("a", 0, 0.5), ("b", 0, 0.7), ("c", 1, 0.4)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(variant(seed, {"x": [10, 10 * won, 0]})))
+    a, b, c = (tmp_path / f"{name}.json" for name in "abc")
+    assert [len(runs) for runs in evaluation.load_outcomes([a, c, a]).values()] == [2]
+    apart = evaluation.load_outcomes([a, b])
+    assert list(apart) == [str(a), str(b)] and all(len(runs) == 1 for runs in apart.values())
+    assert sorted(evaluation.load_outcomes([tmp_path])) == [str(a), str(b), str(c)]
+    with pytest.raises(FileNotFoundError, match="there is no .*typo"):
+        evaluation.load_outcomes([a, tmp_path / "typo"])
+
+
 def test_figures_are_drawn_where_matplotlib_is(tmp_path):
     """Three of the four, since these data say nothing about facts, and the training curves."""
     pytest.importorskip("matplotlib")
