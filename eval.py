@@ -39,8 +39,8 @@ import torch
 from data import Tokenizer, load_prompts, read_rows, text_field
 from lora import base_folder, load_lora, lora_parameters, merge_lora
 from model import fingerprint, generate, keyed_seed, read_json, read_model_config, read_text, save_llama, write_json
-from reward import (ActorCritic, assess, build_models, check_new_folder, load_policy, load_reward_model, load_trunk,
-                    recover, score_responses)
+from reward import (ActorCritic, assess, build_models, check_new_folder, is_adapter, load_policy, load_reward_model,
+                    load_trunk, recover, score_responses)
 from toy import world
 
 
@@ -205,11 +205,16 @@ def ppo_settings(folder):
     return run
 
 
+def hint(folder):
+    """What was probably meant by a folder that holds the run of all stages: its ppo folder."""
+    return f": did you mean {Path(folder) / 'ppo'}?" if (Path(folder) / "ppo" / "config.json").is_file() else ""
+
+
 def read_evaluation(folder):
     """A run's eval.json: its `records`, one per prompt, and the settings that they were made with."""
     path = Path(folder) / "eval.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no eval.json: run train.py --stage ppo with --eval_data")
+        raise FileNotFoundError(f"{folder} has no eval.json: is it a PPO run, run to its end with --eval_data?")
     found = read_json(path)
     records = found.get("records") if isinstance(found, dict) else None
     if not (isinstance(records, list) and records
@@ -459,7 +464,7 @@ def load_outcomes(paths):
     needed = {"curve", "settings", "seed", "wins", "training"}
     if not found or not all(isinstance(o, dict) and needed <= o.keys() for o in found):
         raise ValueError(f"{', '.join(map(str, paths))}: expected PPO run folders, "
-                         "or outcomes that toy/study.py has written")
+                         f"or outcomes that toy/study.py has written{next(filter(None, map(hint, paths)), '')}")
     variants, settings = {}, [o["settings"] for o in found]
     differ = [k for k in settings[0] if k not in INPUTS and len({str(x.get(k)) for x in settings}) > 1]
     for file, o in sorted(zip(files, found), key=lambda pair: (pair[1].get("order", 0), pair[1]["seed"])):
@@ -685,6 +690,9 @@ def load_answering(path, adapter_path=None, alpha=None, tokenizer=None, device="
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
+    if not any((path / name).exists() for name in ("policy", "config.json", "params.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{path} holds no model: expected a PPO run folder, a model folder or a PEFT folder"
+                                f"{hint(path)}")
     run = ppo_settings(path) if (path / "policy").is_dir() else {}
     if alpha is not None and not adapter_path or run and adapter_path:
         raise ValueError(f"{path} is a PPO run, which has its own adapter: no --adapter goes with it"
@@ -926,6 +934,8 @@ def command_winrate(args):
               f"{c['n_wins']} wins, {c['n_wins_base']} losses, {c['n_draws']} draws"
               + (f"; {c['left_out']} without a judgement left out" if c["left_out"] else ""))
         return
+    if is_adapter(args.reward) and not args.model:
+        raise ValueError(f"--reward {args.reward} is an adapter: name the model that it was trained on with --model")
     device, dtype = device_and_dtype(args)
     trunk = load_trunk(args.model, device, dtype) if args.model else None
     reward_model = load_reward_model(args.reward, device, dtype, trunk)
@@ -989,6 +999,8 @@ def add_decoding(p):
 
 
 class Parser(argparse.ArgumentParser):
+    """A mistake on the command line is an exception like any other: one line, status 2."""
+
     def error(self, message):
         raise ValueError(message)
 

@@ -99,9 +99,13 @@ def lora_layers(model, name=None):
             if isinstance(m, LoRALinear) and (name is None or name in m.lora_A)]
 
 
-def adapter_names(model):
-    """Names of all adapters of a model, sorted."""
-    return sorted({name for _, layer in lora_layers(model) for name in layer.lora_A})
+def layers_with(model, name):
+    """lora_layers of an adapter that has to be there. ValueError if no layer holds it."""
+    found = lora_layers(model, name)
+    if not found:
+        have = sorted({name for _, layer in lora_layers(model) for name in layer.lora_A})
+        raise ValueError(f"no adapter called {name}: the model has {have or 'none'}")
+    return found
 
 
 def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo")):
@@ -146,9 +150,9 @@ def adapter(model, name):
 
     ValueError if no layer holds that adapter.
     """
+    if name is not None:
+        layers_with(model, name)
     layers = [layer for _, layer in lora_layers(model)]
-    if name is not None and not any(name in layer.lora_A for layer in layers):
-        raise ValueError(f"no adapter called {name}: the model has {adapter_names(model) or 'none'}")
     before = [layer.active for layer in layers]
     for layer in layers:
         layer.active = name if name in layer.lora_A else None
@@ -199,9 +203,7 @@ def merge_lora(model, name):
     When a layer's last adapter goes, the plain linear layer comes back.
     """
     modules = dict(model.named_modules())
-    if not lora_layers(model, name):
-        raise ValueError(f"no adapter called {name}: the model has {adapter_names(model) or 'none'}")
-    for path, layer in lora_layers(model, name):
+    for path, layer in layers_with(model, name):
         weight = layer.base.weight
         delta = layer.lora_B[name] @ layer.lora_A[name] * layer.scaling(name)
         weight.copy_((weight.float() + delta).to(weight.dtype))
@@ -227,10 +229,7 @@ def peft_key(path, matrix):
 
 def save_lora(model, name, folder, base_model=""):
     """Write adapter_config.json and adapter_model.safetensors, in the layout and with the key names of PEFT."""
-    layers = lora_layers(model, name)
-    if not layers:
-        raise ValueError(f"no adapter called {name}: the model has {adapter_names(model) or 'none'}")
-    folder = Path(folder)
+    layers, folder = layers_with(model, name), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     first = layers[0][1]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),

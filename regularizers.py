@@ -30,6 +30,8 @@ Two ways to use a divergence, which are not the same:
 * in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one of each token's
   divergence at the states visited (of KL with respect to a logit: p (log p - log q - KL)). How a token changes the KL
   of later states is left out; k1 in the reward has it, through GAE.
+One coefficient weighs differently in the two: what is in the reward goes through GAE and is divided by the advantages'
+standard deviation when they are whitened, what is in the loss is not.
 The other two combinations are refused. An exact divergence in the reward is the same number whichever token is drawn:
 its own-token gradient is 0. A sampled form in the loss has a derivative, but not the divergence's: k1's is 0 on
 average, k3's that of KL(q || p).

@@ -40,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows, load_preferences,
                   load_prompts, load_sft, pack, permutation, split_by_instruction)
-from eval import (accuracy_report, check_rows, evaluate, load_run, pair_accuracy, read_evaluation, report, run_settings,
-                  score_pairs, summarise)
+from eval import (Parser, accuracy_report, check_rows, evaluate, load_run, pair_accuracy, read_evaluation, report,
+                  run_settings, score_pairs, summarise)
 from lora import add_lora, base_folder, lora_parameters, merge_lora
 from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, packed_weights, read_json, read_model_config,
                    read_text, save_llama, write_json)
@@ -133,7 +133,8 @@ class Config:
                                  choices=("reward", "loss"))
     divergence: str = knob("", "sampled: a number per drawn token; exact: a sum over the vocabulary, differentiable "
                                "(default: what --regularizer_mode needs)", choices=("", "sampled", "exact"))
-    kl_coef: float = knob(0.02, "weight of the penalty (negative: pays for leaving)")
+    kl_coef: float = knob(0.02, "weight of the penalty, in the reward (and so whitened with the advantages) or, as it "
+                                "is, beside the clipped loss; negative: pays for leaving")
     kl_target: float = knob(0.0, "true KL per sequence, nats, that the weight is steered to (0: the weight is fixed)",
                             low=0)
     kl_horizon: float = knob(10000.0, "sequences over which that steering acts", low=1)
@@ -273,11 +274,6 @@ READ_BY = {      # the settings that decide what a stage's result is; a run fold
 ALIASES = ("lr", "steps", "lora_rank", "lora_alpha", "lora_dropout")      # --lr with --stage sft means --sft_lr
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
 def parse(argv):
     """Command line -> Config. ValueError, one line, for what makes no sense."""
     parser = Parser(description="SFT, reward model and PPO with LoRA. Without --model: the toy world.",
@@ -289,9 +285,9 @@ def parse(argv):
                             choices=f.metadata["choices"], **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [f"--{f.name}" for f in fields(Config)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        raise ValueError(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), [f.name for f in fields(Config)], n=1)
+        raise ValueError(f"unknown argument {unknown[0]}"
+                         + (f": did you mean --{near[0]}?" if near else " (see --help)"))
     given = vars(given)
     stage = given.get("stage", "all")
     for name in ALIASES if stage in ("sft", "reward") else ():

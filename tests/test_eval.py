@@ -263,6 +263,25 @@ def test_a_missing_run_is_one_line(argv, message, capsys):
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [["generate", "--prompt=x"], ["table"], ["figures"]])
+def test_the_folder_of_all_stages_is_no_ppo_run_but_names_it(command, tmp_path, capsys):
+    """runs/toy instead of runs/toy/ppo is the likeliest slip of all."""
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        evaluation.main([command[0], str(tmp_path), *command[1:]])
+    assert f"did you mean {tmp_path / 'ppo'}?" in capsys.readouterr().err
+
+
+def test_a_judge_that_is_an_adapter_needs_its_trunk(tmp_path, capsys):
+    """--reward ADAPTER alone is no model: the message names the flag."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "pairs.json").write_text(json.dumps([{"instruction": "Who?", "output_1": "Me.", "output_2": "You."}]))
+    with pytest.raises(SystemExit):
+        evaluation.main(["winrate", str(tmp_path / "pairs.json"), "--reward", str(tmp_path)])
+    assert "is an adapter: name the model that it was trained on with --model" in capsys.readouterr().err
+
+
 SETTINGS = {"stage": "ppo", "model": "../m", "reward": "../r", "lora_rank": 8, "lora_alpha": 64.0, "regularizer": "kl", "steps": 1,
             "seed": 0}
 
