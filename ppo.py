@@ -166,8 +166,7 @@ def value_loss(values, old_values, returns, response_mask, clip):
 
 
 def adapt_kl_coef(kl_coef, kl, target, horizon, sequences):
-    """Proportional controller of the penalty (Ziegler et al., section 2.2):
-    doubles or halves slowly towards a target KL.
+    """Proportional controller of the penalty (Ziegler et al., section 2.2): raises it while KL is above its target.
 
     error = clamp(kl / target - 1, -0.2, 0.2);  kl_coef * (1 + error * sequences / horizon). kl and target: true KL per
     sequence, nats. It multiplies, so the sign of kl_coef stays (for horizon >= sequences).

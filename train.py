@@ -49,8 +49,8 @@ from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_m
                  value_loss, whiten)
 from regularizers import EXACT, SAMPLED, sampled
 from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, check_new_folder,
-                    check_reward_model, count_parameters, kv_cache_bytes, load_trunk, save_policy, save_reward_model,
-                    training_memory)
+                    check_reward_model, count_parameters, is_adapter, kv_cache_bytes, load_trunk, save_policy,
+                    save_reward_model, training_memory)
 
 STAGES = ("sft", "reward", "ppo")
 PAPER_COMPAT = ("reuse_minibatch", "whiten_shift")
@@ -276,7 +276,8 @@ ALIASES = ("lr", "steps", "lora_rank", "lora_alpha", "lora_dropout")      # --lr
 
 def parse(argv):
     """Command line -> Config. ValueError, one line, for what makes no sense."""
-    parser = Parser(description="SFT, reward model and PPO with LoRA. Without --model: the toy world.",
+    parser = Parser(description="SFT, reward model and PPO with LoRA. Without --model: the toy world. With --stage sft "
+                                f"or reward, {', '.join(f'--{name}' for name in ALIASES)} are that stage's.",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
@@ -880,8 +881,8 @@ def actor_and_critic_parameters(net):
 
 
 def average_statistics(table, norms):
-    """Token-weighted means over all micro-batches of all processes; ratio_max is a maximum, and once more for the first
-    optimiser step, before which nothing has moved."""
+    """Means over all tokens of all micro-batches and processes, gradient norms over the optimiser steps; ratio_max is a
+    maximum. first_..: of the first optimiser step alone, before which nothing has moved."""
     tokens = sum(row["tokens"] for row in table)
     means = {k: sum(row[k] * row["tokens"] for row in table) / tokens
              for k in table[0] if k not in ("optimizer_step", "tokens")}
@@ -1180,13 +1181,15 @@ def dry_run(cfg, inputs, stages):
     for stage in stages:
         get = lambda name: getattr(cfg, name if stage == "ppo" else f"{stage}_{name}")
         steps = cfg.steps if stage == "ppo" else supervised_steps(cfg, stage, len(rows[stage]))
-        rank, batch = get("lora_rank"), cfg.rollout_batch if stage == "ppo" else get("batch")
+        r, batch = get("lora_rank"), cfg.rollout_batch if stage == "ppo" else get("batch")
         say(f"{stage}: {steps} steps of {batch} from {len(rows[stage])} rows "
             f"({steps * batch / len(rows[stage]):.1f} passes)"
             + (f", {cfg.ppo_epochs * cfg.rollout_batch // cfg.step_batch} optimiser steps each"
                if stage == "ppo" else ""))
-        for layout, trained, memory in layouts(cfg, stage, config, dtype, rank, device):
-            say(f"  {layout}: {trained:,} parameters are trained ({100 * trained / total:.3f} % of the model's)")
+        one_trunk = is_adapter(cfg.reward_path()) if "reward" not in stages else cfg.reward_lora_rank > 0
+        for layout, trained, memory in layouts(cfg, stage, config, dtype, r, device):
+            this = " (this run)" if layout == ("one trunk" if one_trunk else "two trunks") else ""
+            say(f"  {layout}{this}: {trained:,} parameters are trained ({100 * trained / total:.3f} % of the model's)")
             for item, n in memory.items():
                 say(f"    {item:44}{n / 1e9:10.3f} GB")
             say(f"    {'at most at one time':44}{peak(memory) / 1e9:10.3f} GB\n")
@@ -1195,31 +1198,31 @@ def dry_run(cfg, inputs, stages):
         "GPU needs for itself (about 0.5 GB) comes on top.")
 
 
-def layouts(cfg, stage, config, dtype, rank, device):
+def layouts(cfg, stage, config, dtype, r, device):
     """The ways to hold a stage's models: (name, trained parameters, memory by item);
     for PPO both, whatever --reward is."""
-    adapter = count_parameters(config, rank=rank)[1]
+    adapter = count_parameters(config, rank=r)[1]
     length = cfg.prompt_len + cfg.response_len if stage == "ppo" else cfg.max_len
     tokens = cfg.micro_batch * length * (2 if stage == "reward" else 1)
     respond = {"sft": cfg.micro_batch * cfg.max_len, "reward": 0, "ppo": cfg.micro_batch * cfg.response_len}[stage]
     memory = lambda frozen, trained, adapters: training_memory(
-        config, dtype, tokens, rank, frozen, trained, adapters, cfg.checkpoint_activations, respond,
+        config, dtype, tokens, r, frozen, trained, adapters, cfg.checkpoint_activations, respond,
         on_cpu=device == "cpu")
     if stage != "ppo":
-        lm_head = stage == "sft" or bool(rank)
-        trained = adapter if rank else count_parameters(config, lm_head)[0]
-        yield "LoRA" if rank else "all weights", trained, memory([(lm_head, dtype)] if rank else [],
-                                                                 [] if rank else [lm_head], int(bool(rank)))
+        lm_head = stage == "sft" or bool(r)
+        trained = adapter if r else count_parameters(config, lm_head)[0]
+        yield "LoRA" if r else "all weights", trained, memory([(lm_head, dtype)] if r else [],
+                                                              [] if r else [lm_head], int(bool(r)))
         return
     rows = min(cfg.generate_batch or cfg.rollout_batch, cfg.rollout_batch // world_size())
-    kept_in = torch.float32 if device == "cpu" and rank else dtype                          # (model.attention_dtype)
+    kept_in = torch.float32 if device == "cpu" and r else dtype                             # (model.attention_dtype)
     cache = {"KV cache while sampling": kv_cache_bytes(config, kept_in, rows, length),
              # with their probabilities and cumulative sums, which are float64 on a GPU (model.sample)
              "logits while sampling": rows * config.vocab_size * (16 if device == "cpu" else 24)}
     both = [("one trunk", [(True, dtype)]), ("two trunks", [(True, dtype), (False, dtype)])]
-    for name, frozen in both if rank else []:
+    for name, frozen in both if r else []:
         yield name, 2 * adapter + config.dim + 1, memory(frozen, [], 2) | cache
-    if not rank:
+    if not r:
         full = sum(count_parameters(config, lm_head)[0] for lm_head in (True, False)) + config.dim + 1
         yield "all weights", full, memory([(True, torch.float32), (False, dtype)], [True, False], 0) | cache
 

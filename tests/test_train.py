@@ -805,7 +805,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tiny, tmp_path, capsys):
     flags = ppo_flags(tiny, tmp_path / "out", model=tmp_path / "llama")
     train.main([*flags, "--dry_run"])
     out = capsys.readouterr().out
-    assert "5 steps of 8 from 720 rows" in out and "one trunk" in out and "two trunks" in out and "KV cache" in out
+    assert "5 steps of 8 from 720 rows" in out and "one trunk:" in out and "two trunks (this run):" in out and "KV cache" in out
     assert sorted(tmp_path.rglob("*")) == before and not torch.distributed.is_initialized()
     with pytest.raises(SystemExit):
         train.main([*flags, "--dry_run", "--prompts=nowhere.json"])
