@@ -99,13 +99,10 @@ def lora_layers(model, name=None):
             if isinstance(m, LoRALinear) and (name is None or name in m.lora_A)]
 
 
-def layers_with(model, name):
-    """lora_layers of an adapter that has to be there. ValueError if no layer holds it."""
-    found = lora_layers(model, name)
-    if not found:
-        have = sorted({name for _, layer in lora_layers(model) for name in layer.lora_A})
-        raise ValueError(f"no adapter called {name}: the model has {have or 'none'}")
-    return found
+def no_adapter(model, name):
+    """The error of asking for an adapter that no layer holds."""
+    have = sorted({name for _, layer in lora_layers(model) for name in layer.lora_A})
+    return ValueError(f"no adapter called {name}: the model has {have or 'none'}")
 
 
 def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo")):
@@ -150,9 +147,9 @@ def adapter(model, name):
 
     ValueError if no layer holds that adapter.
     """
-    if name is not None:
-        layers_with(model, name)
     layers = [layer for _, layer in lora_layers(model)]
+    if name is not None and not any(name in layer.lora_A for layer in layers):
+        raise no_adapter(model, name)
     before = [layer.active for layer in layers]
     for layer in layers:
         layer.active = name if name in layer.lora_A else None
@@ -202,8 +199,10 @@ def merge_lora(model, name):
 
     When a layer's last adapter goes, the plain linear layer comes back.
     """
-    modules = dict(model.named_modules())
-    for path, layer in layers_with(model, name):
+    modules, layers = dict(model.named_modules()), lora_layers(model, name)
+    if not layers:
+        raise no_adapter(model, name)
+    for path, layer in layers:
         weight = layer.base.weight
         delta = layer.lora_B[name] @ layer.lora_A[name] * layer.scaling(name)
         weight.copy_((weight.float() + delta).to(weight.dtype))
@@ -229,7 +228,9 @@ def peft_key(path, matrix):
 
 def save_lora(model, name, folder, base_model=""):
     """Write adapter_config.json and adapter_model.safetensors, in the layout and with the key names of PEFT."""
-    layers, folder = layers_with(model, name), Path(folder)
+    layers, folder = lora_layers(model, name), Path(folder)
+    if not layers:
+        raise no_adapter(model, name)
     folder.mkdir(parents=True, exist_ok=True)
     first = layers[0][1]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
