@@ -1005,6 +1005,17 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def add_judge(p):
+    """Arguments of `winrate`: the file, and the reward model that judges it."""
+    p.add_argument("file", metavar="FILE",
+                   help="alpaca_eval's or AlpacaFarm's annotations (preference); with --reward: pairs")
+    p.add_argument("--reward", help="reward model folder that judges the pairs, instead of the file's preferences")
+    p.add_argument("--model", help="the trunk of --reward, if that is an adapter")
+    p.add_argument("--tokenizer", help="sentencepiece file (default: tokenizer.model of --reward)")
+    p.add_argument("--batch", type=at_least_one, default=32, help="rows scored at once (32)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+
+
 def build_parser():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -1035,14 +1046,7 @@ def build_parser():
                    help="JSON rows of instruction, input (alpacafarm: and output); factscore: names, one a line")
     p.add_argument("--output", required=True, help="file, or for --format merged a folder")
     p.add_argument("--generator", help="name of the model in alpaca_eval's rows (default: RUN's last part)")
-    p = command("winrate", command_winrate, "win rate of output_2 over output_1 in a file of annotations or pairs")
-    p.add_argument("file", metavar="FILE",
-                   help="alpaca_eval's or AlpacaFarm's annotations (preference); with --reward: pairs")
-    p.add_argument("--reward", help="reward model folder that judges the pairs, instead of the file's preferences")
-    p.add_argument("--model", help="the trunk of --reward, if that is an adapter")
-    p.add_argument("--tokenizer", help="sentencepiece file (default: tokenizer.model of --reward)")
-    p.add_argument("--batch", type=at_least_one, default=32, help="rows scored at once (32)")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_judge(command("winrate", command_winrate, "win rate of output_2 over output_1 in annotations or pairs"))
     p = command("recover", command_recover, "a tuned model from LLaMA and a released weight diff")
     p.add_argument("base", metavar="LLAMA", help="folder of the model that the diff was made for")
     p.add_argument("diff", metavar="DIFF", help="folder of the weight diff, such as alpaca-farm-sft10k-wdiff")

@@ -605,6 +605,22 @@ def prefill(model, prompts, cache, rows):
     return states
 
 
+def make_room(model, prompts, cache, x, row, count, done, waiting):
+    """Rows that have ended make room for prompts[waiting:], or, when there are no more, leave the batch.
+    -> x, row, count, done, waiting, as `decode` has them."""
+    ended = done.nonzero()[:, 0]
+    fresh = torch.arange(waiting, min(waiting + len(ended), len(prompts)), device=model.device)
+    if len(fresh):
+        places = ended[:len(fresh)]
+        x[places] = prefill(model, prompts[waiting:waiting + len(fresh)], cache, places)
+        row[places], count[places], done[places] = fresh, 0, False
+    if len(fresh) < len(ended):
+        rest = (~done).nonzero()[:, 0]
+        cache.keep(rest)
+        x, row, count, done = x[rest], row[rest], count[rest], done[rest]
+    return x, row, count, done, waiting + len(fresh)
+
+
 def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs):
     """Decode N prompts, `size` at a time. limits: new ids per row; u (N, M) uniforms, M >= limits; pick(logits, u)
     -> ids.
@@ -627,20 +643,11 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
         if step % 8 == 0 or step == horizon:
             if not torch.isfinite(x).all():
                 raise FloatingPointError("hidden states of the model that samples are not finite")
-            ended = done.nonzero()[:, 0]
-            if len(ended) == len(row) and waiting == N:
+            ended = int(done.sum())
+            if ended == len(row) and waiting == N:
                 return out[:, :M].tolist(), logprobs[:, :M].tolist()
-            if 8 * len(ended) >= len(row):
-                fresh = torch.arange(waiting, min(waiting + len(ended), N), device=device)
-                if len(fresh):
-                    places = ended[:len(fresh)]
-                    x[places] = prefill(model, prompts[waiting:waiting + len(fresh)], cache, places)
-                    row[places], count[places], done[places] = fresh, 0, False
-                    waiting += len(fresh)
-                if len(fresh) < len(ended):
-                    rest = (~done).nonzero()[:, 0]
-                    cache.keep(rest)
-                    x, row, count, done = x[rest], row[rest], count[rest], done[rest]
+            if 8 * ended >= len(row):
+                x, row, count, done, waiting = make_room(model, prompts, cache, x, row, count, done, waiting)
                 horizon = step + int((limits[row] - count).max())
         logits = model.output(x).float().masked_fill_(banned, BANNED)            # (B, V)
         token = pick(logits, u[row, count])
@@ -741,6 +748,28 @@ def hf_config(raw, path):
     file = f"{path}/config.json"
     if not isinstance(raw, dict):
         raise ValueError(f"{file} holds a {type(raw).__name__}, expected the settings of a LLaMA")
+    rope_theta = refuse_variants(raw, file)
+    sizes = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+             "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size",
+             "head_dim": "head_dim", "max_seq_len": "max_position_embeddings"}
+    given = {ours: raw[key] for ours, key in sizes.items() if raw.get(key) is not None}
+    for key in ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim"):
+        if key not in given:
+            raise ValueError(f"{file} has no {sizes[key]!r}: "
+                             "is this a LLaMA, and was the stage that writes it run to its end?")
+    wrong = [sizes[k] for k, v in given.items() if type(v) is not int or v < 1]
+    if wrong:
+        raise ValueError(f"{file}: {wrong[0]} = {raw[wrong[0]]!r} is not a whole number of at least 1")
+    eps = raw.get("rms_norm_eps")
+    try:
+        return LlamaConfig(**given, norm_eps=1e-6 if eps is None else numeric(eps, "rms_norm_eps"),
+                           rope_theta=rope_theta, tie_embeddings=bool(raw.get("tie_word_embeddings", False)))
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
+
+
+def refuse_variants(raw, file):
+    """ValueError for a config.json that means another network than `Llama`. -> rope_theta, which has several places."""
     ropes = [r for r in (raw.get("rope_parameters"), raw.get("rope_scaling")) if r]
     kinds = [str(r.get("rope_type", r.get("type", "default")) if isinstance(r, dict) else r) for r in ropes]
     thetas = [numeric(r["rope_theta"], f"{file}: rope_theta") for r in (raw, *ropes)
@@ -760,23 +789,7 @@ def hf_config(raw, path):
     for what, (got, bad) in refused.items():
         if bad:
             raise ValueError(f"{file}: {what} = {got} is not implemented here (plain LLaMA only)")
-    sizes = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
-             "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size",
-             "head_dim": "head_dim", "max_seq_len": "max_position_embeddings"}
-    given = {ours: raw[key] for ours, key in sizes.items() if raw.get(key) is not None}
-    for key in ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim"):
-        if key not in given:
-            raise ValueError(f"{file} has no {sizes[key]!r}: "
-                             "is this a LLaMA, and was the stage that writes it run to its end?")
-    wrong = [sizes[k] for k, v in given.items() if type(v) is not int or v < 1]
-    if wrong:
-        raise ValueError(f"{file}: {wrong[0]} = {raw[wrong[0]]!r} is not a whole number of at least 1")
-    eps = raw.get("rms_norm_eps")
-    try:
-        return LlamaConfig(**given, norm_eps=1e-6 if eps is None else numeric(eps, "rms_norm_eps"),
-                           rope_theta=thetas[0], tie_embeddings=bool(raw.get("tie_word_embeddings", False)))
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from None
+    return thetas[0]
 
 
 def numeric(x, what):

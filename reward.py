@@ -458,12 +458,7 @@ def recover(base, diff, out, dtype=torch.float32):
     diff_readers = {name: read for name, read in diff_readers.items() if name not in rotary}
     check_same_model(base_readers, diff_readers, diff)
     check_new_folder(out)
-    published = diff / "model_sum.txt"
-    published = published.read_text().strip() if published.is_file() else None
-    try:
-        published = published and float(published)
-    except ValueError:
-        raise ValueError(f"{diff}/model_sum.txt: expected a number, got {published[:40]!r}") from None
+    published = published_sum(diff)
 
     def recovered():
         for name, read in diff_readers.items():
@@ -488,6 +483,16 @@ def recover(base, diff, out, dtype=torch.float32):
     reward = {"architectures": ["LlamaRewardModel"], "score_eos": False} if "reward_head.weight" in diff_readers else {}
     write_json(out / "config.json", hf_config_json(replace(config, vocab_size=vocab_size), dtype) | reward)
     return total, published
+
+
+def published_sum(diff):
+    """The number in a weight diff's model_sum.txt; None if there is no such file."""
+    file = diff / "model_sum.txt"
+    text = file.read_text().strip() if file.is_file() else None
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise ValueError(f"{file}: expected a number, got {text[:40]!r}") from None
 
 
 def check_new_folder(out):

@@ -773,11 +773,9 @@ def reward(run, inputs, device, stopper):
         steps, seconds = supervised(run, ddp, trunks, inputs.pairs,
                                     lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)),
                                     lambda p: 1, loss_of, stopper)
-    mine = inputs.held_out[rank()::world_size()]
-    scored = sum(gather(score_pairs(model, mine, inputs.tokenizer.eos_id, cfg.micro_batch)), [])
-    # only differences of scores are learned: centre them, and PPO's critic starts from a fair 0
-    with torch.no_grad():
-        model.head.bias -= sum(s["chosen"] + s["rejected"] for s in scored) / (2 * len(scored))
+    scored = sum(gather(score_pairs(model, inputs.held_out[rank()::world_size()], inputs.tokenizer.eos_id,
+                                    cfg.micro_batch)), [])
+    centre(model, scored)
     accuracy = pair_accuracy(scored)
     if is_main():
         if full:
@@ -786,6 +784,12 @@ def reward(run, inputs, device, stopper):
         shutil.copy(inputs.tokenizer.path, run.folder / "tokenizer.model")
     say(accuracy_report(accuracy))
     run.finish(steps=steps, seconds=round(seconds, 1), accuracy=accuracy)
+
+
+@torch.no_grad()
+def centre(model, scored):
+    """Only differences of scores are learned: make their mean 0, and PPO's critic, which begins there, begins well."""
+    model.head.bias -= sum(s["chosen"] + s["rejected"] for s in scored) / (2 * len(scored))
 
 
 def respond(cfg, step, net, inputs):
@@ -939,16 +943,15 @@ def step_line(row, steps, eta):
 
 
 def ppo(run, inputs, device, stopper):
-    """PPO with LoRA: roll out, score, shape rewards, estimate advantages, update.
-    Writes the adapters (or the models)."""
+    """PPO with LoRA: roll out, score, shape rewards, estimate advantages, update. Writes adapters, or models."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed)
     with mistakes_in_one_line():
         net, reward_model = build_models(cfg.input_model("ppo"), cfg.reward_path(), device, cfg.trunk_dtype(device),
                                          inputs.banned_ids, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     net.policy.checkpoint_activations = net.critic.checkpoint_activations = cfg.checkpoint_activations
-    trunks = "one trunk" if reward_model.trunk is net.policy else "two trunks"
-    say(f"ppo: {len(inputs.prompts)} prompts from {cfg.prompts}; {trunks}{' and frozen copies' if net.ref else ''} in "
+    layout = "one trunk" if reward_model.trunk is net.policy else "two trunks"
+    say(f"ppo: {len(inputs.prompts)} prompts from {cfg.prompts}; {layout}{' and frozen copies' if net.ref else ''} in "
         f"{cfg.trunk_dtype(device)}; {count(net)}")
     parameters = trainable(net)
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, fused=True)

@@ -184,9 +184,9 @@ def test_a_half_written_record_is_cut_at_the_checkpoint(tmp_path):
 
 def test_the_same_seed_twice_is_equal_and_another_differs(tiny, whole_run, tmp_path):
     """CHECKS 33. Anything else would make a comparison of two settings meaningless."""
-    finish(launch(ppo_flags(tiny, tmp_path / "again")))
+    for process in launch(ppo_flags(tiny, tmp_path / "again")), launch(ppo_flags(tiny, tmp_path / "other", seed=1)):
+        finish(process)
     same_run(whole_run, tmp_path / "again")
-    finish(launch(ppo_flags(tiny, tmp_path / "other", seed=1)))
     assert metrics(whole_run) != metrics(tmp_path / "other")
 
 
@@ -776,14 +776,14 @@ def stage_flags(tiny, stage, out):
 def test_supervised_stages_do_not_depend_on_processes_or_interruptions(tiny, tmp_path, stage):
     """CHECKS 15, 31, 32 for the first two stages: 6 steps on ragged micro-batches by one process, by two, and by one that
     was killed and called again. A micro-batch weighed wrongly, or a step done twice, would show here."""
-    finish(launch(stage_flags(tiny, stage, tmp_path / "one")))
-    finish(launch(stage_flags(tiny, stage, tmp_path / "two"), processes=2))
-    killed = launch(stage_flags(tiny, stage, tmp_path / "killed"))
+    one, killed = (launch(stage_flags(tiny, stage, tmp_path / name)) for name in ("one", "killed"))
     while not (tmp_path / "killed" / "checkpoint.pt").is_file() and killed.poll() is None:
         time.sleep(0.005)
     killed.kill()
     killed.communicate()
-    finish(launch(stage_flags(tiny, stage, tmp_path / "killed")))
+    finish(one)
+    for process in launch(stage_flags(tiny, stage, tmp_path / "killed")), launch(stage_flags(tiny, stage, tmp_path / "two"), processes=2):
+        finish(process)
     name = "model.safetensors" if stage == "sft" else "adapter_model.safetensors"
     one, two, before = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name), load_file(tiny / "sft" / "model.safetensors")
     assert max((one[k] - two[k]).abs().max() for k in one) <= 1e-5
