@@ -1,6 +1,7 @@
 """How fast, how large: generation, scoring, a LoRA update and a whole PPO step, beside what a user would run instead.
 
-    python tests/benchmark.py                          sizes S, M and 135M, one process and two; on a GPU also LLaMA-7B
+    python tests/benchmark.py                          sizes S, M and 135M, one process and two; on a GPU LLaMA-7B,
+                                                       a row's repetitions ending after 90 seconds
     python tests/benchmark.py --sizes S --jobs generate update --repetitions 5
     python tests/benchmark.py --peer_python VENV/bin/python       where the peers are installed, if not here:
                                                        pip install torch transformers peft
@@ -26,6 +27,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import os
 import socket
 import statistics
@@ -445,7 +447,7 @@ class Program:
         dtype = args.peer_dtype or args.dtype if side == "peer" else args.dtype
         command = [python, str(Path(__file__).resolve()), "--worker", f"--side={side}", f"--job={job}",
                    f"--size={size}", f"--processes={processes}", f"--dtype={dtype}", f"--threads={args.threads}"]
-        command += ["--checkpointing"] * args.checkpointing + ["--one_trunk"] * args.one_trunk
+        command += ["--checkpointing"] * args.checkpointing + ["--one_trunk"] * bool(args.one_trunk)
         self.log = (open(Path(args.logs) / f"{side}-{job}-{size}-{processes}.log", "w") if args.logs
                     else subprocess.DEVNULL)
         self.processes = [subprocess.Popen(
@@ -478,8 +480,10 @@ def compare(job, size, processes, args):
     sides = {"ours": Program("ours", job, size, processes, args)}
     if job in PEERS and args.peers and not CUDA:
         sides["peer"] = Program("peer", job, size, processes, args)
-    found = {side: [] for side in sides}
+    found, start = {side: [] for side in sides}, time.perf_counter()
     for i in range(args.repetitions + args.warm_up):
+        if i > args.warm_up and time.perf_counter() - start > args.row_seconds:
+            break
         for side, program in sides.items():
             figures = program.go()
             if figures and i >= args.warm_up:
@@ -523,7 +527,7 @@ def report(job, size, processes, args):
               f"{statistics.median(x / o['copy'] for x, o in zip(speeds, ours)):.0%} of a copy's speed", flush=True)
     if "parts" in ours[0]:
         parts = {k: statistics.median(o["parts"][k] for o in ours) for k in ours[0]["parts"]}
-        print(f"{'':22}"
+        print(f"{'':22}{'one trunk' if args.one_trunk else 'two trunks'}: "
               + ", ".join(f"{k} {v:.2f} s ({v / sum(parts.values()):.0%})" for k, v in parts.items())
               + f"; {flops / 1e9:,.0f} useful GFLOP, "
               f"{useful_flops(job, size, shape, lengths, full_critic=True) / flops - 1:.0%} more "
@@ -547,16 +551,20 @@ def growth(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["7B"] if CUDA else ["S", "M", "135M"])
-    parser.add_argument("--jobs", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--jobs", nargs="+", choices=list(SHAPES),
+                        default=["ppo", "generate", "update", "score", "uneven"] if CUDA else list(SHAPES))
     parser.add_argument("--processes", type=int, nargs="+", default=[1] if CUDA else [1, 2])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--warm_up", type=int, default=1)
+    parser.add_argument("--row_seconds", type=float, default=90 if CUDA else float("inf"),
+                        help="no further repetition of a row after so long (there is one at least)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a single process; of two, each has one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if CUDA else "float32")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=CUDA,
                         help="recompute activations")
-    parser.add_argument("--one_trunk", action="store_true",
-                        help="of the PPO step: policy, value and reward as adapters on one trunk")
+    parser.add_argument("--one_trunk", action=argparse.BooleanOptionalAction,
+                        help="of the PPO step: policy, value and reward as adapters on one trunk (default: on a GPU the "
+                             "two layouts one after the other, else two trunks)")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peer_dtype", choices=("float32", "bfloat16"), help="another than --dtype, for the peers")
     parser.add_argument("--peer_python", default=sys.executable, help="python of the environment that has the peers")
@@ -568,19 +576,23 @@ def main():
         Path(args.logs).mkdir(parents=True, exist_ok=True)
     if args.growth:
         return growth(args)
+    few = f", fewer after {args.row_seconds:.0f} s" if math.isfinite(args.row_seconds) else ""
     print(f"torch {torch.__version__}, {args.dtype}"
           f"{f' beside {args.peer_dtype}' if args.peer_dtype else ''}, "
           f"{torch.cuda.get_device_name() if CUDA else f'{os.cpu_count()} cores'}; "
           "median (least-most) of "
-          f"{args.repetitions}; "
+          f"{args.repetitions}{few}; "
           f"matrix product {matrix_speed() / 1e9:,.0f} GFLOP/s, copy {copy_speed() / 1e9:,.0f} GB/s\n")
     titles = ("tokens/s", "seconds", "of the ceiling", "MiB", "beside", "seconds", "times as fast", "MiB")
     print(f"{'job, size, processes':22}" + "".join(f"{t:>{w}}" for t, w in zip(titles, (24, 9, 20, 8, 21, 9, 20, 8))))
     for job in args.jobs:
         for size in args.sizes:
             for processes in args.processes:
-                if (size, job) != ("135M", "ppo") or args.jobs == ["ppo"]:      # (that takes minutes: on demand)
-                    report(job, size, processes, args)
+                if (size, job) == ("135M", "ppo") and args.jobs != ["ppo"]:      # (that takes minutes: on demand)
+                    continue
+                both = [False, True] if CUDA and args.one_trunk is None else [bool(args.one_trunk)]
+                for one_trunk in both if job == "ppo" else [False]:
+                    report(job, size, processes, argparse.Namespace(**vars(args) | {"one_trunk": one_trunk}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """What the tests share: the project on the path, a tiny model with its tokenizer, and one process to run in."""
+import os
 import signal
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-import torch.distributed as dist
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")      # for test_devices.py
+os.environ["CUDA_VISIBLE_DEVICES"] = ""            # equality to rounding or to the bit is a claim about float32 on the CPU
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

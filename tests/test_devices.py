@@ -5,6 +5,10 @@ the two places is refused, as a GPU would. torch knows such tensors as "meta", t
 Float32 only: a module's `to(dtype)` does not reach what is wrapped.
 """
 import contextlib
+import os
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import train
+from conftest import GPUS, ROOT
 from data import Tokenizer
 from model import generate, load_llama
 from reward import build_models
@@ -150,3 +155,24 @@ def test_each_process_finds_its_gpu(monkeypatch, capsys, gpus, processes, device
     assert train.start_processes() == device
     assert chosen == [device] * (gpus > 0) + [backend]
     assert ("2 processes for 1 GPU: they share" in capsys.readouterr().out) == (gpus == 1)
+
+
+@pytest.mark.parametrize("reward, flags", [("reward", ["--dtype=float32"]), ("reward", []),
+                                           ("reward_adapter", ["--regularizer_mode=loss", "--checkpoint_activations"])])
+def test_a_gpu_runs_ppo(tiny, tmp_path, reward, flags):
+    """Where there is a GPU: three steps, the first of which checks itself (KL 0, ratio 1, sampled log-probabilities equal to
+    recomputed ones), in float32 and in bfloat16. All other tests hide the GPU."""
+    if not shutil.which("nvidia-smi"):
+        pytest.skip("there is no GPU")
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    environment |= {} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS}
+    start = "import torch, train, sys; torch.cuda.is_available() or sys.exit(77); train.main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", start, "--stage=ppo", f"--model={tiny / 'sft'}", f"--reward={tiny / reward}",
+         f"--prompts={ROOT / 'toy' / 'unlabeled.json'}", f"--out={tmp_path / 'out'}", "--steps=3", "--rollout_batch=8",
+         "--minibatch=4", "--micro_batch=2", "--prompt_len=60", "--response_len=12", *flags],
+        cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("torch finds no GPU")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("step ") == 3 and (tmp_path / "out" / "policy" / "adapter_model.safetensors").is_file()
