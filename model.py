@@ -541,14 +541,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
              batch_size=None, row_ids=None, limits=None, return_logprobs=False):
     """Sample a continuation of each prompt; the EOS is included, a row that never draws it has max_new_tokens ids.
 
-    prompts: list of non-empty id lists of any lengths. temperature 0 is greedy. Ids in banned_ids are never drawn.
-    batch_size: rows decoded at once (None: all); a row that ends makes room for the next prompt. row_ids: the key of
-    each row's random numbers (None: its index), so that a share of a batch draws what the whole batch would. limits: a
-    smaller max_new_tokens of each row's own.
+    prompts: list of non-empty id lists of any lengths, or a tensor (B, T). temperature 0 is greedy. Ids in banned_ids
+    are never drawn. batch_size: rows decoded at once (None: all); a row that ends makes room for the next prompt.
+    row_ids: the key of each row's random numbers (None: its index), so that a share of a batch draws what the whole
+    batch would. limits: a smaller max_new_tokens of each row's own.
     Returns a list of lists of ids, in the order of the prompts; with return_logprobs also the log-probability that the
     model (at temperature 1, the banned ids left out) gave to each of them, a list of lists of floats. ValueError for
     what cannot be generated; FloatingPointError if the model computes no finite numbers.
     """
+    prompts = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
     limits = [max_new_tokens] * len(prompts) if limits is None else [min(n, max_new_tokens) for n in limits]
     row_ids = range(len(prompts)) if row_ids is None else row_ids
     check_generate(model, prompts, limits, row_ids, temperature, top_p)

@@ -735,6 +735,13 @@ def test_the_same_seed_draws_the_same_and_another_seed_does_not(tmp_path):
     assert len(set(map(tuple, generate(model, [[1, 5]] * 8, 30, seed=11)))) == 8      # rows differ among themselves
 
 
+def test_prompts_may_be_tensors(tmp_path):
+    """Rows of one length are often at hand as a tensor, or as numpy's."""
+    model, rows = golden_model("mha", tmp_path), [[1, 5, 9], [1, 7, 3]]
+    for prompts in (torch.tensor(rows), [torch.tensor(row) for row in rows], torch.tensor(rows).numpy()):
+        assert generate(model, prompts, 8, seed=2) == generate(model, rows, 8, seed=2)
+
+
 def test_what_a_row_samples_does_not_depend_on_its_batch_mates(tmp_path):
     """Rollouts must not depend on how a batch is cut: row i alone, among others, in threes or on another process.
 
