@@ -580,15 +580,18 @@ def check_generate(model, prompts, limits, row_ids, temperature, top_p):
     if min(limits, default=1) < 1 or not (temperature == 0 or 1e-3 <= temperature < math.inf) or not 0 < top_p <= 1:
         raise ValueError(f"got max_new_tokens {min(limits, default=1)}, temperature {temperature}, top_p {top_p}: "
                          "expected at least 1; 0 (greedy), or at least 0.001; and above 0 up to 1")
+    flat = [p for p in prompts if isinstance(p, str) or not hasattr(p, "__len__")]
+    if flat:
+        raise ValueError(f"a prompt is {flat[0]!r}: expected lists of ids, one per prompt")
     if not all(prompts):
         raise ValueError("a prompt is empty: expected at least one id (BOS) in each")
     prompt, new = max(((len(p), n) for p, n in zip(prompts, limits)), key=sum, default=(0, 0))
     if prompt + new > model.config.max_seq_len:
         raise ValueError(f"a prompt of {prompt} tokens and {new} new ones exceed the model's "
                          f"max_seq_len {model.config.max_seq_len}: shorten one of them")
-    highest = max((max(p) for p in prompts), default=0)
-    if highest >= model.config.vocab_size or min((min(p) for p in prompts), default=0) < 0:
-        raise ValueError(f"prompt ids must lie in 0..{model.config.vocab_size - 1}, got {highest}: wrong tokenizer?")
+    odd = [i for p in prompts for i in p if not 0 <= i < model.config.vocab_size]
+    if odd:
+        raise ValueError(f"prompt ids must lie in 0..{model.config.vocab_size - 1}, got {odd[0]}: wrong tokenizer?")
 
 
 def last_places(lengths, width):
