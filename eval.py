@@ -705,7 +705,7 @@ def load_answering(path, adapter_path=None, alpha=None, tokenizer=None, device="
     tokenizer = Tokenizer(tokenizer or next((p / "tokenizer.model" for p in places
                                              if (p / "tokenizer.model").is_file()),
                                             path / "tokenizer.model"))
-    model = load_trunk(base, device, dtype).eval()
+    model = load_trunk(base, device, dtype)
     tokenizer.check_fits(model.config.vocab_size, base)
     if adapter_path:
         load_lora(model, "policy", adapter_path, alpha)

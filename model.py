@@ -688,8 +688,9 @@ def our_name(name):
 def load_llama(path, device="cpu", dtype=torch.float32):
     """Read a model from a Hugging Face folder (config.json) or a Meta folder (params.json), told apart by their files.
 
-    Tensors are read one at a time and cast on the way: the peak is the model in `dtype` and one tensor. ValueError
-    names what is missing, extra, of a wrong shape, or not implemented here; FileNotFoundError if there is no model.
+    Tensors are read one at a time and cast on the way: the peak is the model in `dtype` and one tensor. The model is in
+    eval mode: dropout, if adapters have any, waits for `model.train()`. ValueError names what is missing, extra, of a
+    wrong shape, or not implemented here; FileNotFoundError if there is no model.
     """
     config, readers = open_checkpoint(path)
     model = empty_llama(config, device, dtype)
@@ -721,11 +722,12 @@ def read_model_config(path):
 
 
 def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):
-    """A model whose weights are allocated once, in their final dtype, and hold nothing yet."""
+    """A model whose weights are allocated once, in their final dtype, and hold nothing yet. In eval mode: what is read
+    from files computes what its author saw, without the dropout that an adapter's file may name."""
     with torch.device("meta"):
         model = Llama(config, lm_head).to(dtype)
     model.to_empty(device=device).tie()
-    return model
+    return model.eval()
 
 
 def read_text(path):

@@ -363,7 +363,7 @@ def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None, adapt
               else hf_config(about, path))
     model = RewardModel(empty_llama(config, device, dtype, lm_head=False), score_eos=about.get("score_eos", False))
     fill(model, readers, path)
-    return model
+    return model.eval()
 
 
 def backbone_config(path, about, readers, policy=None):
@@ -420,7 +420,7 @@ def load_reward_adapter(path, about, trunk, adapter_name):
     model = RewardModel(trunk, adapter_name, about.get("score_eos", True))
     head = read_tensors(path / "reward_head.safetensors")
     fill(model.head, {k.removeprefix("reward_head."): lambda t=t: t for k, t in head.items()}, path)
-    return model
+    return model.eval()
 
 
 def reward_name(name):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from golden.make_golden import write_model
 from lora import adapter, add_lora, copy_lora, load_lora, lora_parameters, merge_lora, save_lora
 from model import Llama, LlamaConfig, generate, load_llama, packed_weights, save_llama
+from reward import RewardModel, load_reward_model, save_reward_model, score_responses
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TOKENS = torch.tensor([[1, 17, 40, 99, 3, 64, 64, 8], [1, 5, 4, 3, 120, 77, 2, 30]])
@@ -494,6 +495,27 @@ def test_a_trained_adapter_comes_back_bit_for_bit(tmp_path):
         assert torch.equal(p, q) and p.requires_grad and p.dtype == torch.float32
     again.train()
     assert not torch.equal(logits(again, "mine"), logits(again, "mine"))
+
+
+def test_the_dropout_of_a_file_waits_for_training(tmp_path):
+    """PEFT's files name the dropout of their training, 0.1 in the paper. Who reads model and adapter to answer or to score
+    gets the trained function, as from_pretrained gives it, and not one with holes."""
+    model = trunk(tmp_path)
+    add_lora(model, "policy", r=4, alpha=16, dropout=0.5)
+    randomise(model, "policy")
+    save_lora(model, "policy", tmp_path / "policy")
+    save_reward_model(RewardModel(model, "policy"), tmp_path / "reward")
+    again = trunk(tmp_path)
+    load_lora(again, "policy", tmp_path / "policy")
+    reward = load_reward_model(tmp_path / "reward", trunk=again)
+    assert torch.equal(logits(again, "policy"), logits(again, "policy"))
+    generate(again, [[1]], 2)
+    tokens, lengths = torch.randint(3, 64, (2, 9)), torch.tensor([9, 4])
+    torch.nn.init.ones_(reward.head.weight)
+    for _ in range(2):
+        assert torch.equal(reward.scores(tokens, lengths), reward.scores(tokens, lengths))
+        score_responses(reward, [[1, 5]], [[7, 2]], 2, 1)
+    assert not torch.equal(logits(again.train(), "policy"), logits(again, "policy"))
 
 
 @pytest.mark.parametrize("have, says", [
