@@ -73,11 +73,11 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of whole sequences; control ids (BOS, EOS) are silent."""
-        return self.sp.decode(list(ids))
+        return self.sp.decode([int(i) for i in ids])
 
     def decode_response(self, ids):
         """The text of a response alone: a space that it begins with is kept."""
-        return self.sp_response.decode(list(ids))
+        return self.sp_response.decode([int(i) for i in ids])
 
     def banned_ids(self, model_vocab_size):
         """Ids that a model must never sample: PAD, BOS, UNK,

@@ -197,11 +197,17 @@ def copy_lora(model, source, target):
 def merge_lora(model, name):
     """W <- W + (alpha / r) B A in every layer, in float32, then drop the adapter. For export: training never merges.
 
-    When a layer's last adapter goes, the plain linear layer comes back.
+    When a layer's last adapter goes, the plain linear layer comes back. ValueError, before anything is changed, if a
+    layer shares its weights with another: the other would change with it.
     """
     modules, layers = dict(model.named_modules()), lora_layers(model, name)
     if not layers:
         raise no_adapter(model, name)
+    named = list(model.named_parameters(remove_duplicate=False))
+    for path, layer in layers:
+        shared = [other for other, p in named if p is layer.base.weight and not other.startswith(f"{path}.")]
+        if shared:
+            raise ValueError(f"adapter {name}: {path} is {shared[0]} as well (tied): merged into one it changes both")
     for path, layer in layers:
         weight = layer.base.weight
         delta = layer.lora_B[name] @ layer.lora_A[name] * layer.scaling(name)
@@ -231,11 +237,15 @@ def save_lora(model, name, folder, base_model=""):
     layers, folder = lora_layers(model, name), Path(folder)
     if not layers:
         raise no_adapter(model, name)
+    nameless = sorted(targets_of(layers) - set(PEFT_NAMES))
+    if nameless:
+        raise ValueError(f"adapter {name}: PEFT's name of {nameless[0]} is not known here, expected adapters on "
+                         f"{', '.join(PEFT_NAMES)}")
     folder.mkdir(parents=True, exist_ok=True)
     first = layers[0][1]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
               "r": first.rank(name), "lora_alpha": first.alpha[name], "lora_dropout": first.dropout[name],
-              "target_modules": sorted({PEFT_NAMES.get(t, t) for t in targets_of(layers)}), "bias": "none",
+              "target_modules": sorted({PEFT_NAMES[t] for t in targets_of(layers)}), "bias": "none",
               "fan_in_fan_out": False, "inference_mode": True}
     tensors = {peft_key(path, matrix): getattr(layer, matrix)[name].detach().cpu().contiguous()
                for path, layer in layers for matrix in ("lora_A", "lora_B")}

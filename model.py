@@ -862,11 +862,13 @@ def read_pickle(path):
 def meta_config(path):
     """LlamaConfig of Meta's params.json, and the shards consolidated.*.pth, if they are there: the widths that
     params.json leaves out are those of the tensors; without them LLaMA's rules and vocabulary give them."""
-    raw, files = read_json(path / "params.json"), sorted(path.glob("consolidated.*.pth"))
+    file, files = path / "params.json", sorted(path.glob("consolidated.*.pth"))
+    raw = read_json(file)
     given = {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else {}
-    for key in ("dim", "n_layers", "n_heads", "norm_eps"):
-        if type(given.get(key)) not in (int, float) or given[key] <= 0:
-            raise ValueError(f"{path}/params.json: {key} = {given.get(key)!r} is no number above 0")
+    optional = {"n_kv_heads", "max_seq_len", "multiple_of"} & given.keys()
+    for key in ("dim", "n_layers", "n_heads", *optional, *["vocab_size"] * (given.get("vocab_size", -1) != -1)):
+        if type(given.get(key)) is not int or given[key] < 1:
+            raise ValueError(f"{file}: {key} = {given.get(key)!r} is not a whole number of at least 1")
     odd = [k for k in ("use_scaled_rope", "moe", "lora_args", "quantization_args") if given.get(k)]
     if odd:
         raise ValueError(f"{path}: {odd[0]} is not implemented here")
@@ -877,14 +879,16 @@ def meta_config(path):
                            else (given.get("vocab_size", -1), meta_ffn_dim(given)))
     return LlamaConfig(
         vocab_size=vocab_size if vocab_size > 0 else 32000, dim=given["dim"], n_layers=given["n_layers"],
-        n_heads=given["n_heads"], n_kv_heads=given.get("n_kv_heads"), ffn_dim=ffn_dim, norm_eps=given["norm_eps"],
-        rope_theta=numeric(given.get("rope_theta", 10000.0), f"{path}/params.json: rope_theta"),
+        n_heads=given["n_heads"], n_kv_heads=given.get("n_kv_heads"), ffn_dim=ffn_dim,
+        norm_eps=numeric(given.get("norm_eps"), f"{file}: norm_eps"),
+        rope_theta=numeric(given.get("rope_theta", 10000.0), f"{file}: rope_theta"),
         max_seq_len=given.get("max_seq_len", 2048)), shards
 
 
 def meta_ffn_dim(given):
     """The feed-forward width by Meta's rule: two thirds of 4 D, perhaps scaled, rounded up to a multiple."""
-    width, unit = int(given.get("ffn_dim_multiplier", 1) * int(8 * given["dim"] / 3)), given.get("multiple_of", 256)
+    scale, unit = numeric(given.get("ffn_dim_multiplier", 1), "ffn_dim_multiplier"), given.get("multiple_of", 256)
+    width = int(scale * int(8 * given["dim"] / 3))
     return -(-width // unit) * unit
 
 

@@ -195,6 +195,16 @@ def test_metas_params_alone_tell_the_sizes_of_llama_7b_and_70b(tmp_path):
         load_llama(tmp_path)
 
 
+@pytest.mark.parametrize("key, value", [("n_layers", 2.5), ("n_heads", "4"), ("n_kv_heads", "2"), ("max_seq_len", "9"), ("dim", None),
+                                        ("vocab_size", "64"), ("multiple_of", 0), ("norm_eps", "small"), ("ffn_dim_multiplier", "1")])
+def test_params_that_are_no_sizes_are_named(key, value, tmp_path):
+    """A params.json that was edited by hand: one line that says which key, not a TypeError from within."""
+    params = {"dim": 64, "n_layers": 1, "n_heads": 4, "norm_eps": 1e-6} | {key: value}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    with pytest.raises(ValueError, match=f"{key} = {value!r} is not a"):
+        read_model_config(tmp_path)
+
+
 PEAK = """
 import sys, threading, time
 sys.path.insert(0, sys.argv[2])

@@ -104,7 +104,7 @@ def test_prompt_ids_and_response_ids_decode_to_exactly_the_text(path, prompt):
     tokenizer = Tokenizer(path)
     for response in RESPONSES:
         ids = tokenizer.encode(prompt, bos=True) + tokenizer.encode_response(response)
-        assert tokenizer.decode(ids) == prompt + response
+        assert tokenizer.decode(ids) == tokenizer.decode(torch.tensor(ids)) == prompt + response
         assert tokenizer.decode_response(tokenizer.encode_response(response)) == response
 
 

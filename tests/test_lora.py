@@ -497,6 +497,28 @@ def test_a_trained_adapter_comes_back_bit_for_bit(tmp_path):
     assert not torch.equal(logits(again, "mine"), logits(again, "mine"))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_the_output_is_not_merged_into_tied_embeddings(tied):
+    """The one matrix would change the embeddings, too. Untied, merging is what it always is. PEFT's files, whose names this
+    project writes for the seven layers of a block, do not take such an adapter."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(128, 32, 1, 4, ffn_dim=48, max_seq_len=64, tie_embeddings=tied)).eval()
+    add_lora(model, "policy", r=4, alpha=16, targets=("wq", "output"))
+    randomise(model, "policy")
+    expected, embeddings = logits(model, "policy"), model.tok_embeddings.weight.clone()
+    with pytest.raises(ValueError, match="PEFT's name of output is not known"):
+        save_lora(model, "policy", "nowhere")
+    assert not Path("nowhere").exists()
+    if tied:
+        with pytest.raises(ValueError, match="output is tok_embeddings.weight as well"):
+            merge_lora(model, "policy")
+        assert torch.equal(logits(model, "policy"), expected)
+    else:
+        merge_lora(model, "policy")
+        assert (logits(model) - expected).abs().max() < 1e-5
+    assert torch.equal(model.tok_embeddings.weight, embeddings)
+
+
 def test_the_dropout_of_a_file_waits_for_training(tmp_path):
     """PEFT's files name the dropout of their training, 0.1 in the paper. Who reads model and adapter to answer or to score
     gets the trained function, as from_pretrained gives it, and not one with holes."""
