@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT
 from golden.make_golden import write_model
 from lora import adapter, add_lora, base_folder, load_lora, lora_layers, lora_parameters, merge_lora, save_lora
-from model import Llama, LlamaConfig, generate, load_llama, read_model_config, save_llama
+from model import Llama, LlamaConfig, fingerprint, generate, load_llama, read_model_config, save_llama
 from reward import (ActorCritic, RewardModel, load_paper_adapters, load_reward_model, load_trunk, recover, save_reward_model)
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -203,6 +204,18 @@ def test_params_that_are_no_sizes_are_named(key, value, tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(params))
     with pytest.raises(ValueError, match=f"{key} = {value!r} is not a"):
         read_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("n", [1, 3, 64, 65, 4096 * 11008, 32000 * 4096 + 1])
+def test_a_fingerprint_reads_the_first_and_the_last_number_of_a_weight(n):
+    """Of LLaMA-7B's sizes, too: 4096 x 11008 has no float32 for its last place, and a rounded one lies behind the end."""
+    weight = torch.zeros(n, dtype=torch.bfloat16)
+    model = SimpleNamespace(config="c", named_parameters=lambda: [("w", weight)])
+    seen = {fingerprint(model)}
+    for place in {0, n - 1}:
+        weight[place] = 1.0
+        seen.add(fingerprint(model))
+    assert len(seen) == (3 if n > 1 else 2)
 
 
 PEAK = """
