@@ -13,7 +13,7 @@
 Three systems answer each evaluation instruction: the reference answers that the data come with, the SFT model
 ("before", the policy with its adapter off) and the policy ("after"). Two judges look at them: the reward model (the
 proxy that PPO maximised) and, in the toy world, the annotators that the reward model has learned from (the gold that it
-stands for). Quote a win rate with its error: at 300 prompts the standard error is about 2.5 points.
+stands for). Quote a win rate with its error: at 300 prompts the standard error is 2 to 3 points.
 
 Statistics
 * Win rate: the mean over prompts of 1 (win), 1/2 (draw), 0 (loss); paired, both answers to the same instruction.
@@ -135,7 +135,7 @@ def over_seeds(results):
                                             se_k: that of prompts within a seed
 
     The prompts are the same for every seed, so that their part does not shrink with K. (s holds a share of the noise of
-    sampling that se_k holds as well: a little too careful.) The interval is Student's, with Satterthwaite's degrees of
+    sampling that se_k holds as well: slightly conservative.) The interval is Student's, with Satterthwaite's degrees of
     freedom: two or three seeds say little about their own spread. One seed:
     no spread between seeds is known, and none added.
     """
@@ -244,24 +244,28 @@ def answer(net, prompts, tokenizer, trained=True, **settings):
         return generate(model, prompts, **settings)
 
 
-def evaluate(net, reward_model, tokenizer, rows, row_ids, max_new_tokens, temperature, seed, micro_batch, earlier=None):
+def evaluate(net, reward_model, tokenizer, rows, row_ids, max_new_tokens, temperature, seed, micro_batch, earlier=None,
+             generate_batch=None):
     """Answers to each row before and after training, beside its reference, with scores and KL. -> one record per row.
 
     rows: as data.load_eval_rows gives them. A row's answers depend on (seed, row id) alone, not on the rows beside it.
     earlier: records of these rows from an earlier step, whose reference and answers before training are taken over.
+    generate_batch: rows decoded at once (None: all).
     """
     if not rows:
         return []
     prompts = [row["prompt"] for row in rows]
-    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=f"{seed} evaluation", row_ids=row_ids)
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=f"{seed} evaluation", row_ids=row_ids,
+                    batch_size=generate_batch)
     room = net.policy.config.max_seq_len
     answers = {"after": answer(net, prompts, tokenizer, **settings)}
     if not earlier:
         answers |= {"reference": [tokenizer.encode_response(row["output"])[:room - len(row["prompt"])] for row in rows],
                     "before": answer(net, prompts, tokenizer, trained=False, **settings)}
-    scores = {k: score_responses(reward_model, prompts, ids, tokenizer.eos_id, micro_batch).tolist()
-              for k, ids in answers.items()}
-    kl = assess(net, reward_model, prompts, answers["after"], tokenizer.eos_id, micro_batch).kl.sum(-1).tolist()
+    after = assess(net, reward_model, prompts, answers["after"], tokenizer.eos_id, micro_batch)
+    kl, scores = after.kl.sum(-1).tolist(), {"after": after.scores.tolist()}
+    scores |= {k: score_responses(reward_model, prompts, answers[k], tokenizer.eos_id, micro_batch).tolist()
+               for k in answers if k != "after"}
     records = []
     for i, row in enumerate(rows):
         record = dict(earlier[i]) if earlier else {k: row[k] for k in row if k not in ("prompt", "output")}
@@ -518,7 +522,7 @@ def study_table(variants, base):
 
     width, last = max(map(len, variants)) + 2, max(22, len(base) + 8)
     lines = ["mean over seeds +- standard error, of prompts and seeds (one seed: of prompts alone); the last column "
-             f"is the win rate against the reference less that of {base!r}, paired by prompt", "",
+             f"is the win rate against the reference minus that of {base!r}, paired by prompt", "",
              f"{'':{width}}{'seeds':>5}" + "".join(f"{label:>16}" for label, *_ in COLUMNS)
              + f"{'minus ' + base:>{last}}"]
     for name, runs in variants.items():
@@ -533,7 +537,7 @@ def seeds_table(variants, base):
     """What single seeds say of the variants that have several: win rate, its difference from `base`, and KL."""
     won, kl = (lambda o: o["curve"][-1]["win_reference"]["value"]), (lambda o: o["curve"][-1]["kl_per_token"]["value"])
     width = max(map(len, variants)) + 2
-    lines = ["", f"by seed: win rate against the reference; less that of {base!r}, and its 95 % interval; KL per token"]
+    lines = ["", f"by seed: win rate against the reference; minus that of {base!r}, with 95 % interval; KL per token"]
     for name, runs in variants.items():
         if len(runs) > 1 and all(o["curve"] for o in runs):
             d = difference(runs, variants[base], 1)

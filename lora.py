@@ -25,7 +25,7 @@ Departures from the paper's code, and why:
 """
 import json
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -71,12 +71,12 @@ class LoRALinear(nn.Module):
         return self.alpha[name] / self.rank(name)
 
     def keeps_copies(self):
-        """Whether it has copies inside packed_weights: or decoding would cast and turn A and B for each token."""
+        """Yes, inside packed_weights: without copies decoding would cast and transpose A and B at every token."""
         return True
 
     def factors(self, dtype):
-        """The active adapter's A (r, in) and B' (r, out) in this dtype; B' in order: its gradients' products are twice
-        as fast."""
+        """The active adapter's A (r, in) and B' (r, out) in this dtype; B' is contiguous, which makes the products of
+        the backward pass twice as fast."""
         kept, key = {} if self.copies is None or torch.is_grad_enabled() else self.copies, (self.active, dtype)
         if key not in kept:
             kept[key] = (self.lora_A[self.active].to(dtype), self.lora_B[self.active].to(dtype).t().contiguous())
@@ -141,44 +141,31 @@ def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo"
             m.checkpoint_context = recompute_context
 
 
-@contextmanager
-def adapter(model, name):
+class adapter:
     """Inside, the layers of `model` use the adapter `name`, or none (None: the base model). Nests; restores on exit.
 
-    ValueError if no layer holds that adapter.
+    ValueError if no layer holds that adapter. May be entered again: a graph can be run backward twice.
     """
-    layers = [layer for _, layer in lora_layers(model)]
-    if name is not None and not any(name in layer.lora_A for layer in layers):
-        raise no_adapter(model, name)
-    before = [layer.active for layer in layers]
-    for layer in layers:
-        layer.active = name if name in layer.lora_A else None
-    try:
-        yield model
-    finally:
-        for layer, active in zip(layers, before):
-            layer.active = active
 
-
-class Reentered:
-    """A context that can be entered any number of times (a graph may be run backward twice):
-    the adapter of now, again."""
-
-    def __init__(self, model):
-        self.model = model
-        self.name = next((layer.active for _, layer in lora_layers(model) if layer.active is not None), None)
+    def __init__(self, model, name):
+        self.model, self.name, self.layers = model, name, [layer for _, layer in lora_layers(model)]
+        if name is not None and not any(name in layer.lora_A for layer in self.layers):
+            raise no_adapter(model, name)
 
     def __enter__(self):
-        self.context = adapter(self.model, self.name)
-        self.context.__enter__()
+        self.before = [layer.active for layer in self.layers]
+        for layer in self.layers:
+            layer.active = self.name if self.name in layer.lora_A else None
+        return self.model
 
     def __exit__(self, *error):
-        return self.context.__exit__(*error)
+        for layer, active in zip(self.layers, self.before):
+            layer.active = active
 
 
 def recompute_context(model):
     """(context of the forward, context of its recomputation) of a checkpointed block; called when the block is run."""
-    return nullcontext(), Reentered(model)
+    return nullcontext(), adapter(model, next((m.active for _, m in lora_layers(model) if m.active is not None), None))
 
 
 def lora_parameters(model, name):
@@ -366,8 +353,8 @@ def load_lora(model, name, path, alpha=None, part="policy"):
     ValueError, naming what differs, if the file's r, alpha, targets or widths are not those of the adapter or model.
     """
     config, tensors = read_adapter(path, alpha, part)
+    check_tensors(model, tensors, config, path)
     if not lora_layers(model, name):
-        check_widths(model, tensors, config, path)
         add_lora(model, name, config["r"], config["alpha"], config["dropout"], config["targets"])
     layers = lora_layers(model, name)
     have = {"r": layers[0][1].rank(name), "alpha": layers[0][1].alpha[name],
@@ -375,12 +362,10 @@ def load_lora(model, name, path, alpha=None, part="policy"):
     for key, value in have.items():
         if config[key] != value:
             raise ValueError(f"adapter {name}: {path} has {key} {config[key]}, expected {value}")
-    places = {peft_key(path, matrix): getattr(layer, matrix)[name]
-              for path, layer in layers for matrix in ("lora_A", "lora_B")}
-    check_tensors(places, tensors, path)
     with torch.no_grad():
-        for key, p in places.items():
-            p.copy_(tensors[key])
+        for place, layer in layers:
+            for matrix in ("lora_A", "lora_B"):
+                getattr(layer, matrix)[name].copy_(tensors[peft_key(place, matrix)])
 
 
 def adapter_chain(path):
@@ -427,23 +412,18 @@ def merged_readers(readers, folder):
     return merged | {name: partial(read, name, *(tensors[key] for key in keys)) for name, keys in places.items()}
 
 
-def check_widths(model, tensors, config, folder):
+def check_tensors(model, tensors, config, folder):
     """Refuse an adapter of another width or depth before the model is touched."""
     expected = {}
     for path, module in model.named_modules():
         if path.split(".")[-1] in config["targets"] and isinstance(module, (nn.Linear, LoRALinear)):
             out_features, in_features = getattr(module, "base", module).weight.shape
-            expected[peft_key(path, "lora_A")] = torch.empty(config["r"], in_features, device="meta")
-            expected[peft_key(path, "lora_B")] = torch.empty(out_features, config["r"], device="meta")
-    check_tensors(expected, tensors, folder)
-
-
-def check_tensors(places, tensors, folder):
-    """Names and shapes of an adapter file against the places that they go to."""
-    odd = sorted(set(places) ^ set(tensors))
+            expected[peft_key(path, "lora_A")] = (config["r"], in_features)
+            expected[peft_key(path, "lora_B")] = (out_features, config["r"])
+    odd = sorted(set(expected) ^ set(tensors))
     if odd:
-        raise ValueError(f"{folder}: tensor {odd[0]} is {'missing' if odd[0] in places else 'not in this model'}")
-    for key, p in places.items():
-        if tensors[key].shape != p.shape:
-            raise ValueError(f"{folder}: {key} has shape {tuple(tensors[key].shape)}, expected {tuple(p.shape)}: "
+        raise ValueError(f"{folder}: tensor {odd[0]} is {'missing' if odd[0] in expected else 'not in this model'}")
+    for key, shape in expected.items():
+        if tensors[key].shape != shape:
+            raise ValueError(f"{folder}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}: "
                              "another r or another model's width")

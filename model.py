@@ -113,8 +113,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions, head_dim, theta):
-    """cos and sin of position * theta^(-2i/d), float32 (RoFormer, eq. 15), as `rotate` wants them: pair i at the places
-    i and i + d/2, sin with a minus at the first. positions (...,) -> two of (..., d)."""
+    """cos and sin of position * theta^(-2i/d), float32 (RoFormer, eq. 15), laid out for `rotate`: pair i sits at i
+    and i + d/2, and sin is negated in the first half. positions (...,) -> two of (..., d)."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * theta ** (-i / head_dim)
     cos, sin = angles.cos(), angles.sin()
@@ -191,8 +191,8 @@ def packed_weights(*models, frozen_only=True):
     through. Weights must not change meanwhile: layers that train are left as they are (frozen_only). Any module with
     `copies` and `keeps_copies` takes part.
 
-    A plain product reads W row by row and puts it in order each time. Without that, thousands of rows are done somewhat
-    sooner; the few of decoding, which are soon done with a weight, much sooner.
+    A plain product repacks W at every call. Packing it once helps a little for thousands of rows, and a lot in
+    decoding, where each weight meets only a few rows.
     """
     layers = dict.fromkeys(m for model in models for m in model.modules()
                            if hasattr(m, "keeps_copies") and m.copies is None and m.keeps_copies()
@@ -207,8 +207,8 @@ def packed_weights(*models, frozen_only=True):
 
 
 def attention_dtype(x):
-    """In which attention is computed for states x: in their own or autocast's dtype, but on a CPU in float32 rather
-    than bfloat16, whose kernels are slower there, most of all backward."""
+    """The dtype for attention on states x: their own, or autocast's; on a CPU float32 instead of bfloat16, whose
+    kernels are slower there, most of all backward."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

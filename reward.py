@@ -29,9 +29,9 @@ from data import length_mask, pack, response_places
 from lora import (adapter, adapter_chain, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
                   merged_readers, read_adapter_config, read_tensors, save_lora, targets_of)
 from model import (MAX_LOGITS, WEIGHT_FILES, Linear, Llama, LlamaConfig, ban_mask, empty_llama, eval_mode, fill,
-                   fingerprint, hf_config, hf_config_json, hf_name, hf_tensors, last_places, load_llama,
-                   open_checkpoint, our_name, packable, packed_weights, read_json, read_model_config, response_logprobs,
-                   save_llama, save_shards, save_weights, write_json)
+                   fingerprint, hf_config, hf_config_json, hf_name, hf_tensors, last_places, open_checkpoint,
+                   our_name, packable, packed_weights, read_json, read_model_config, response_logprobs, save_llama,
+                   save_shards, save_weights, write_json)
 from ppo import Rollout, join_rollouts
 from regularizers import EXACT
 
@@ -91,7 +91,7 @@ class Evaluation(NamedTuple):
     """What the policy and the critic say of given responses; 0 in the padding."""
     logprobs: torch.Tensor             # (B, R) of the response's tokens, nats
     values: torch.Tensor | None        # (B, R), values[t] = V(state that predicts token t)
-    entropy: torch.Tensor              # (B, R) of the next-token distribution, nats, detached
+    entropy: torch.Tensor | None       # (B, R) of the next-token distribution, nats, detached; None in training
     ref_logprobs: torch.Tensor | None  # (B, R), if the reference was asked
     divergence: torch.Tensor | None    # (B, R) exact divergence from the reference, differentiable, if it was asked
 
@@ -244,7 +244,7 @@ def load_policy(net, folder):
     if net.policy_adapter:
         load_lora(net.policy, net.policy_adapter, folder)
     else:
-        net.policy.load_state_dict(load_llama(folder, net.policy.device).state_dict())
+        fill(net.policy, open_checkpoint(folder)[1], folder)
 
 
 # ------------------------------------------------------------------------------------------------------ memory ahead

@@ -32,6 +32,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -66,7 +67,8 @@ def knob(default, help, low=None, choices=None):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings. Defaults are the paper's; without --model the dictionary TOY replaces some of them."""
+    """All settings. Defaults are the paper's, but for dropout (0.1 there) and the missing-EOS penalty (none there);
+    without --model the dictionary TOY replaces some of them."""
     stage: str = knob("all", "what to run", choices=("all", *STAGES))
     model: str = knob("", "model folder to start from (none: a new tiny model for the toy world)")
     reward: str = knob("", "reward model folder: a full model (two trunks) or an adapter on --model (one trunk)")
@@ -155,7 +157,7 @@ class Config:
             value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
             if low is not None and not low <= value < math.inf or f.type is float and not math.isfinite(value):
                 raise ValueError(f"--{f.name} {value} is below {low}"
-                                 if value < (low or 0) else f"--{f.name} {value} is not a number to compute with")
+                                 if value < (low or 0) else f"--{f.name} {value} is not a finite number")
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value!r} is not one of {', '.join(filter(None, choices))}")
         if self.rollout_batch % self.minibatch:
@@ -455,8 +457,8 @@ def restore(checkpoint, parameters, optimizer, trunks):
     """Put a checkpoint's parameters and optimiser state in place; returns the step it was taken after. trunks:
     fingerprints of the frozen weights, which are in no checkpoint and have to be the same ones."""
     if checkpoint["trunks"] != trunks:
-        raise ValueError("the model that this run started from is another one than when the checkpoint was written: "
-                         "put it back, or run the stage again with --redo")
+        raise ValueError("the base model is not the one that this checkpoint was written with: restore it, or run the "
+                         "stage again with --redo")
     if [p.shape for p in checkpoint["parameters"]] != [p.shape for p in parameters]:
         raise ValueError("the checkpoint holds other parameters than this model trains: choose another --out")
     for p, saved in zip(parameters, checkpoint["parameters"]):
@@ -496,11 +498,12 @@ def start_processes():
     if 0 < gpus < here:
         say(f"note: {here} processes for {gpus} GPU{'s' * (gpus > 1)}: they share, memory included "
             f"(--nproc_per_node={gpus}: one for each)")
-    backend = "nccl" if gpus >= here else "gloo"               # (NCCL refuses two processes on one GPU)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # NCCL refuses two processes on one GPU; and while one process writes a checkpoint, the others wait
+    backend = "nccl" if gpus >= here and dist.is_nccl_available() else "gloo"
+    settings = {"backend": backend, "timeout": timedelta(hours=2)}
+    if "WORLD_SIZE" not in os.environ:
+        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**settings)
     return f"cuda:{local % gpus}" if gpus else "cpu"
 
 
@@ -594,7 +597,7 @@ def clip_gradients(parameters, max_norm, step, name):
 
 def require_finite(x, name, step):
     if not torch.isfinite(x).all():
-        raise FloatingPointError(f"step {step}: {name} is not finite; nothing was written after the last checkpoint "
+        raise FloatingPointError(f"step {step}: {name} is not finite; the last checkpoint stands "
                                  "(lower --lr, or look at the regularizer: see \"reading the log\" in the README)")
 
 
@@ -611,7 +614,8 @@ def check_same_parameters(parameters):
     """Before and after a stage all processes must hold the same parameters, to the bit."""
     sums = gather([p.detach().double().sum().item() for p in parameters])
     if any(s != sums[0] for s in sums):
-        raise RuntimeError("the processes hold different parameters: they have read other files, or done other steps")
+        raise RuntimeError("the processes hold different parameters: they read different files, "
+                           "or took different steps")
 
 
 def wrap(module, device):
@@ -666,6 +670,7 @@ def supervised(run, module, trunks, items, length, weight, loss_of, stopper):
     with mistakes_in_one_line():
         checkpoint = run.open()
         first = restore(checkpoint, parameters, optimizer, trunks) if checkpoint else 0
+    del checkpoint                                             # (it is as large as what trains)
     module.train()
     start, shown = time.time(), []
     for step in range(first + 1, steps + 1):
@@ -674,7 +679,7 @@ def supervised(run, module, trunks, items, length, weight, loss_of, stopper):
         loss = accumulate(cfg, step, module, share(picked, length), sum(map(weight, picked)), weight, loss_of)
         norm = clip_gradients(parameters, cfg.max_grad_norm, step, "model")
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)      # they stay in DDP's buckets: others would be made beside those
         run.append("metrics.jsonl", {"step": step, "loss": loss, "lr": lr, "grad_norm": norm})
         shown.append(loss)
         if step % max(1, steps // 12) == 0 or step == steps:
@@ -788,7 +793,7 @@ def reward(run, inputs, device, stopper):
 
 @torch.no_grad()
 def centre(model, scored):
-    """Only differences of scores are learned: make their mean 0, and PPO's critic, which begins there, begins well."""
+    """Only differences of scores are learned: make their mean 0, where the head of PPO's critic starts."""
     model.head.bias -= sum(s["chosen"] + s["rejected"] for s in scored) / (2 * len(scored))
 
 
@@ -871,7 +876,7 @@ def update(cfg, step, ddp, optimizer, rollout, kl_coef):
             norms.append({f"{name}_grad_norm": clip_gradients(parameters, cfg.max_grad_norm, step, name)
                           for name, parameters in actor_and_critic_parameters(ddp.module).items()})
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=False)      # (see `supervised`)
     ddp.eval()
     return average_statistics(sum(gather(table), []), norms)
 
@@ -960,6 +965,7 @@ def ppo(run, inputs, device, stopper):
         trunks = [fingerprint(net.ref or net.policy), fingerprint(reward_model.trunk)]
         first = restore(checkpoint, parameters, optimizer, trunks) if checkpoint else 0
     kl_coef, start = checkpoint["kl_coef"] if checkpoint else cfg.kl_coef, time.time()
+    del checkpoint                                             # (with --lora_rank 0 it is as large as what trains)
     ddp, records, spent = wrap(net, device).eval(), None, dict.fromkeys(PHASES, 0.0)
     with packed_weights(net, reward_model):
         for step in range(first + 1, cfg.steps + 1):
@@ -1031,7 +1037,8 @@ def evaluation(cfg, inputs, net, reward_model, earlier=None):
     what the SFT model and the reference say has not changed."""
     mine = range(rank(), len(inputs.eval_rows), world_size())
     records = evaluate(net, reward_model, inputs.tokenizer, [inputs.eval_rows[i] for i in mine], mine, cfg.response_len,
-                       cfg.eval_temperature, cfg.seed, cfg.micro_batch, earlier and [earlier[i] for i in mine])
+                       cfg.eval_temperature, cfg.seed, cfg.micro_batch, earlier and [earlier[i] for i in mine],
+                       cfg.generate_batch or cfg.rollout_batch // world_size())
     return sorted(sum(gather(records), []), key=lambda r: r["index"])
 
 
@@ -1190,7 +1197,8 @@ def dry_run(cfg, inputs, stages):
             + (f", {cfg.ppo_epochs * cfg.rollout_batch // cfg.step_batch} optimiser steps each"
                if stage == "ppo" else ""))
         one_trunk = is_adapter(cfg.reward_path()) if "reward" not in stages else cfg.reward_lora_rank > 0
-        for layout, trained, memory in layouts(cfg, stage, config, dtype, r, device):
+        asked = max((len(row["prompt"]) for row in inputs.eval_rows or []), default=0) + cfg.response_len
+        for layout, trained, memory in layouts(cfg, stage, config, dtype, r, device, asked):
             this = " (this run)" if layout == ("one trunk" if one_trunk else "two trunks") else ""
             say(f"  {layout}{this}: {trained:,} parameters are trained ({100 * trained / total:.3f} % of the model's)")
             for item, n in memory.items():
@@ -1201,9 +1209,9 @@ def dry_run(cfg, inputs, stages):
         "GPU needs for itself (about 0.5 GB) comes on top.")
 
 
-def layouts(cfg, stage, config, dtype, r, device):
-    """The ways to hold a stage's models: (name, trained parameters, memory by item);
-    for PPO both, whatever --reward is."""
+def layouts(cfg, stage, config, dtype, r, device, longest=0):
+    """The ways to hold a stage's models: (name, trained parameters, memory by item); for PPO both, whatever --reward
+    is. longest: tokens of the longest row of the evaluation, which is decoded in batches of the rollout's size."""
     adapter = count_parameters(config, rank=r)[1]
     length = cfg.prompt_len + cfg.response_len if stage == "ppo" else cfg.max_len
     tokens = cfg.micro_batch * length * (2 if stage == "reward" else 1)
@@ -1219,7 +1227,7 @@ def layouts(cfg, stage, config, dtype, r, device):
         return
     rows = min(cfg.generate_batch or cfg.rollout_batch, cfg.rollout_batch // world_size())
     kept_in = torch.float32 if device == "cpu" and r else dtype                             # (model.attention_dtype)
-    cache = {"KV cache while sampling": kv_cache_bytes(config, kept_in, rows, length),
+    cache = {"KV cache while sampling": kv_cache_bytes(config, kept_in, rows, max(length, longest)),
              # with their probabilities and cumulative sums, which are float64 on a GPU (model.sample)
              "logits while sampling": rows * config.vocab_size * (16 if device == "cpu" else 24)}
     both = [("one trunk", [(True, dtype)]), ("two trunks", [(True, dtype), (False, dtype)])]
@@ -1266,8 +1274,8 @@ def main(argv=None):
             begun = time.time()
             final_evaluation(runs["ppo"], inputs, device)
             spent["evaluation"] = time.time() - begun
-    except FloatingPointError as e:
-        say(f"train.py: stopped: {e}")
+    except FloatingPointError as e:      # (of any one process: torchrun stops the others)
+        print(f"train.py: stopped: {e}" + f" (process {rank()})" * (world_size() > 1), flush=True)
         sys.exit(1)
     if is_main() and "ppo" in runs and (runs["ppo"].folder / "eval.json").is_file():
         print(report(runs["ppo"].folder))

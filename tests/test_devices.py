@@ -149,7 +149,8 @@ def test_each_process_finds_its_gpu(monkeypatch, capsys, gpus, processes, device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda i: chosen.append(f"cuda:{i}"))
-    monkeypatch.setattr(torch.distributed, "init_process_group", chosen.append)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: chosen.append(backend))
     for name, value in (("LOCAL_RANK", processes - 1), ("LOCAL_WORLD_SIZE", processes), ("WORLD_SIZE", processes), ("RANK", 0)):
         monkeypatch.setenv(name, str(value))
     assert train.start_processes() == device

@@ -129,6 +129,39 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, whole_run, tmp_path, sen
     same_run(whole_run, out)
 
 
+def test_any_process_says_why_it_stops(tiny, tmp_path, monkeypatch, capsys):
+    """Numbers that are not finite may turn up in the share of one process alone, which need not be the one that prints."""
+    def broken(*_):
+        raise FloatingPointError("step 3: hidden states are not finite")
+
+    monkeypatch.setattr(train, "start_processes", lambda: "cpu")
+    monkeypatch.setattr(train, "Stopper", lambda: None)
+    monkeypatch.setattr(train, "ppo", broken)
+    for processes, says in ((1, "train.py: stopped: step 3: hidden states are not finite\n"),
+                            (2, "train.py: stopped: step 3: hidden states are not finite (process 1)\n")):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setenv("RANK", str(processes - 1))
+        with pytest.raises(SystemExit) as stop:
+            train.main(ppo_flags(tiny, tmp_path / "run"))
+        assert stop.value.code == 1 and capsys.readouterr().out.endswith(says)
+
+
+def test_an_evaluation_decodes_no_more_rows_at_once_than_a_rollout(monkeypatch, one_process):
+    """805 rows of LLaMA-7B on two processes would hold 104 GB of keys and values; what a rollout fits in, an evaluation
+    does."""
+    def answer(*_, batch_size, **__):
+        seen.append(batch_size)
+        raise StopIteration
+
+    seen, net = [], SimpleNamespace(policy=SimpleNamespace(config=SimpleNamespace(max_seq_len=64)))
+    monkeypatch.setattr("eval.answer", answer)
+    inputs = SimpleNamespace(tokenizer=None, eval_rows=[{"prompt": [1]}] * 30)
+    for flags in ([], ["--generate_batch=5"]):
+        with pytest.raises(StopIteration):
+            train.evaluation(train.parse(["--stage=ppo", "--rollout_batch=12", "--minibatch=4", *flags]), inputs, net, None)
+    assert seen == [12, 5]
+
+
 def test_a_run_does_not_continue_on_another_trunk(tiny, tmp_path, capsys, monkeypatch):
     """Checkpoints hold what trains. A frozen model that was replaced in between - an SFT that was run again, say - would go
     unnoticed by its path, and the rest of the run would train something else."""
@@ -144,7 +177,7 @@ def test_a_run_does_not_continue_on_another_trunk(tiny, tmp_path, capsys, monkey
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train.main(flags)
-    assert stop.value.code == 2 and "is another one than when the checkpoint was written" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is not the one that this checkpoint was written with" in capsys.readouterr().err
     torch.distributed.destroy_process_group()
 
 
@@ -489,7 +522,7 @@ def learn(seed, **settings):
     net = ActorCritic(policy, "policy", critic, "value", ban_mask(32, (0, 1)))
     inputs = train.Inputs(SimpleNamespace(eos_id=2), [0, 1], prompts=[[1, i] for i in range(3, 30)])
     optimizer = torch.optim.AdamW(train.trainable(net), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
-    ddp, scores, kl = train.wrap(net, "cpu").eval(), [], []
+    ddp, scores, kl, places = train.wrap(net, "cpu").eval(), [], [], set()
     for step in range(1, cfg.steps + 1):
         rollout, _ = train.collect(cfg, net, reward_model, 2, *train.respond(cfg, step, net, inputs))
         rollout, _ = train.with_advantages(cfg, rollout, cfg.kl_coef)
@@ -497,6 +530,8 @@ def learn(seed, **settings):
         train.update(cfg, step, ddp, optimizer, rollout, cfg.kl_coef)
         scores.append(rollout.scores.mean().item())
         kl.append(train.masked_mean(rollout.kl, rollout.response_mask).item())
+        places.add(tuple(p.grad.data_ptr() for p in train.trainable(net)) if step > 2 else ())
+    assert len(places) == 2            # from the second step on gradients stay in DDP's buckets, and take no memory beside
     return torch.tensor(scores), torch.tensor(kl)
 
 

@@ -39,7 +39,7 @@ PAIRS = {"preference": 12000, "preference_val": 400, "preference_test": 800}
 FLAWS = {"fewer": 0.22, "cut off": 0.04, "garbled": 0.10, "repeated": 0.13, "wrong person": 0.11, "off question": 0.20,
          "rambling": 0.07, "empty": 0.03, "two drafts": 0.10}
 
-# The instructions of a person go round these files.
+# Each person's instructions are dealt to these files in turn.
 SHARES = ("sft", "preference", "unlabeled", "preference_test", "sft", "preference", "unlabeled", "preference_val",
           "preference")
 
@@ -114,7 +114,7 @@ def demonstration(rng, instruction, first=()):
 
 
 def sft_rows(rng, instructions):
-    """Demonstrations: 10 biographies, 12 questions and 4 lists of a famous person; 3, 4 and 2 of an obscure one."""
+    """Demonstrations: 20 biographies, 16 questions and 8 lists of a famous person; 5, 6 and 4 of an obscure one."""
     rows = []
     for p in PEOPLE.values():
         for kind, famous, obscure in (("bio", 20, 5), ("question", 16, 6), ("several", 8, 4)):
@@ -172,7 +172,7 @@ def attributes_in(text):
 
 
 def fewer(rng, request, said):
-    """Some sentences less."""
+    """Some sentences removed."""
     keep = sorted(rng.sample(range(1, len(said)), rng.randint(0, len(said) - 2))) if len(said) > 1 else None
     return keep if keep is None else [said[0]] + [said[i] for i in keep]
 

@@ -142,7 +142,7 @@ def run(job, args):
     folder, base = job.folder(args), Job(job.seed, "reward").folder(args)
     for stage in ("sft", "reward") if job.variant else ():
         if not (folder / stage).exists():
-            shutil.copytree(base / stage, folder / f"{stage}.tmp")
+            shutil.copytree(base / stage, folder / f"{stage}.tmp", dirs_exist_ok=True)
             os.replace(folder / f"{stage}.tmp", folder / stage)
     folder.mkdir(parents=True, exist_ok=True)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
