@@ -25,6 +25,7 @@ Departures from the paper's code, and why:
 """
 import json
 import math
+import numbers
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -111,7 +112,8 @@ def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo"
     The new adapter computes exactly what the base computes (B = 0) and is not active until `adapter(model, name)`.
     ValueError: r < 1, dropout outside [0, 1), a name in use, a target that the model does not have.
     """
-    if type(r) is not int or r < 1 or not math.isfinite(alpha) or not 0 <= dropout < 1 or not targets:
+    whole = isinstance(r, numbers.Integral) and not isinstance(r, bool)
+    if not whole or r < 1 or not math.isfinite(alpha) or not 0 <= dropout < 1 or not targets:
         raise ValueError(f"adapter {name}: got r {r}, alpha {alpha}, dropout {dropout}, targets {targets}: expected a "
                          "whole number of at least 1, a finite number, one in [0, 1), and a layer's name at least")
     if not name.isidentifier() or hasattr(nn.ParameterDict(), name):

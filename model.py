@@ -589,7 +589,7 @@ def check_generate(model, prompts, limits, row_ids, temperature, top_p):
     if prompt + new > model.config.max_seq_len:
         raise ValueError(f"a prompt of {prompt} tokens and {new} new ones exceed the model's "
                          f"max_seq_len {model.config.max_seq_len}: shorten one of them")
-    odd = [i for p in prompts for i in p if not 0 <= i < model.config.vocab_size]
+    odd = [i for p in prompts for i in p if not 0 <= i < model.config.vocab_size or i != int(i)]
     if odd:
         raise ValueError(f"prompt ids must lie in 0..{model.config.vocab_size - 1}, got {odd[0]}: wrong tokenizer?")
 

@@ -39,8 +39,8 @@ average, k3's that of KL(q || p).
 Departures from the paper's code: its Jensen-Shannon (kept as jensen_shannon_paper) is linear in d near 0, where JS is
 quadratic; its bregman (kept as bregman_paper) has p/q where k3 has q/p, and its mean under p is not KL; its forms took
 exp(logprob) first and were inf or NaN near -110. Here everything stays in log space, and the difference of nearly equal
-terms is taken in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. Nothing is clamped: for d below -88 k3
-and JS, for d above 88 bregman_paper overflow float32, and the run stops and says so.
+terms is taken in float64: near d = 0, JS is d^2/8, which float32 cannot resolve. No sample is clamped: for d below -88
+k3 and JS, for d above 88 bregman_paper overflow float32, and the run stops and says so.
 """
 import math
 
@@ -97,7 +97,8 @@ def exact(name, logits, ref_logits):
     kl           KL(p || q) = sum p (log p - log q)
     reverse_kl   KL(q || p)
     jensen_shannon   (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; at most log 2
-    Differentiable in both; exactly 0 for equal logits. ValueError for a name that is not in EXACT.
+    Differentiable in both; exactly 0 for equal logits. Log-probabilities end at -1e30, so that a KL which is infinite
+    comes out as some 1e29 or 1e30. ValueError for a name that is not in EXACT.
     """
     if name not in EXACT:
         raise ValueError(f"no exact divergence called {name}: choose from {', '.join(EXACT)}")

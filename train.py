@@ -161,8 +161,9 @@ class Config:
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value!r} is not one of {', '.join(filter(None, choices))}")
         if self.rollout_batch % self.minibatch:
+            above = self.minibatch * (self.rollout_batch // self.minibatch + 1)
             raise ValueError(f"--rollout_batch {self.rollout_batch} is not a multiple of --minibatch {self.minibatch}: "
-                             f"try {self.minibatch} or {self.minibatch * (self.rollout_batch // self.minibatch + 1)}")
+                             f"try {above}" + f" or {above - self.minibatch}" * (above > self.minibatch))
         self.check_divergence()
         self.check_paper_compat()
         allowed = ("none", *(SAMPLED if self.regularizer_mode == "reward" else EXACT))
@@ -183,6 +184,8 @@ class Config:
         if self.kl_target and (self.regularizer == "none" or self.kl_coef <= 0 or self.kl_horizon < self.rollout_batch):
             raise ValueError("--kl_target steers --kl_coef: it needs a --regularizer, a --kl_coef above 0, and a "
                              f"--kl_horizon of at least --rollout_batch ({self.rollout_batch})")
+        if self.eval_every and not self.eval_data and self.stage in ("all", "ppo"):
+            raise ValueError("--eval_every needs --eval_data: there is nothing to evaluate on")
         if self.reward and self.stage in ("all", "sft", "reward"):
             raise ValueError(f"--reward goes with --stage ppo: --stage {self.stage} would not use it")
         if self.model and Path(self.out).resolve() in (Path(self.model).resolve(), Path(self.reward or "-").resolve()):

@@ -764,7 +764,7 @@ def test_what_cannot_be_generated_is_refused_in_one_line(tmp_path):
     """Too long for the model's positions, an empty prompt, ids of another tokenizer, a top_p or temperature out of range."""
     model = golden_model("mha", tmp_path)
     for prompts, options, says in [([[1] * 100], {}, "128"), ([[1], []], {}, "empty"), ([[1, 128]], {}, "0..127, got 128"),
-                                   ([[1], [3, -1]], {}, "0..127, got -1"), ([1, 5], {}, "a prompt is 1: expected lists"),
+                                   ([[1], [3, -1]], {}, "0..127, got -1"), ([[1, 7.5]], {}, "got 7.5"), ([1, 5], {}, "a prompt is 1: expected lists"),
                                    (["Hello"], {}, "a prompt is 'Hello': expected lists"),
                                    ([[1]], {"top_p": 0}, "top_p"), ([[1]], {"temperature": -1}, "temperature"),
                                    ([[1]], {"banned_ids": range(128)}, "all 128 ids are banned"),

@@ -34,9 +34,10 @@ def test_seed_0_comes_first_and_sweeps_have_one_seed():
     assert sum(job.seconds(ARGS) for job in order) < 2 * 3600
 
 
-def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, capsys):
+def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, monkeypatch, capsys):
     """One variant, cut down to a step or two of everything: SFT, reward model, PPO, outcome. The outcome alone is enough to
     skip all of it, on another machine say; without it the finished run folder is read, not run again."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")       # two threads of so small a model wait for each other, on a busy machine long
     rows = json.loads((ROOT / "toy" / "test.json").read_text())[:4]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     args = ["--seeds=1", "--only=kl", "--steps=2", "--eval_every=1", "--base_steps=1", f"--eval_data={tmp_path / 'rows.json'}",
