@@ -188,7 +188,7 @@ def our_update(size, s, args, rank):
     def step():
         (-module(tokens, one, rest).logprobs.mean()).backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
     return step
 
 
