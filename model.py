@@ -1034,7 +1034,7 @@ def fingerprint(model):
     for name, p in model.named_parameters():
         if ".lora_" not in name:
             flat = p.detach().flatten()
-            n = min(64, flat.numel())       # (places in whole numbers: float32, as of linspace, has none above 2^24)
+            n = min(64, flat.numel())       # (places in integers: linspace's float32 skips some above 2^24)
             picked = flat[(torch.arange(n) * (flat.numel() - 1) // max(1, n - 1)).to(flat.device)]
             digest.update(name.replace(".base.", ".").encode()
                           + picked.bfloat16().cpu().view(torch.int16).numpy().tobytes())
