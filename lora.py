@@ -165,9 +165,9 @@ class adapter:
             layer.active = active
 
 
-def recompute_context(model):
+def recompute_context(block):
     """(context of the forward, context of its recomputation) of a checkpointed block; called when the block is run."""
-    return nullcontext(), adapter(model, next((m.active for _, m in lora_layers(model) if m.active is not None), None))
+    return nullcontext(), adapter(block, next((m.active for _, m in lora_layers(block) if m.active is not None), None))
 
 
 def lora_parameters(model, name):

@@ -124,6 +124,24 @@ def rope_angles(positions, head_dim, theta):
 def rotate(x, cos, sin):
     """Turn each pair (x_i, x_{i + d/2}) of every head by its position's angle. x (B, T, H, d);
     cos, sin (.., T, 1, d)."""
+    return Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else turned(x, cos, sin)
+
+
+class Rotation(torch.autograd.Function):
+    """The gradient of a rotation is turned back, by -sin: a pass over memory fewer than autograd's."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return turned(grad, cos, -sin), None, None
+
+
+def turned(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -297,13 +315,14 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-def no_context(model):
+def no_context(block):
     """Nothing around a checkpointed block, neither in the forward nor in the recomputation."""
     return nullcontext(), nullcontext()
 
 
 class Llama(nn.Module):
     """The transformer. `lm_head=False` leaves the output matrix out (reward models have no use for it)."""
+    cuda_graphs = True      # of all models: on a GPU, decode by recordings (see `Recorded`)
 
     def __init__(self, config, lm_head=True):
         super().__init__()
@@ -318,7 +337,7 @@ class Llama(nn.Module):
         self.tie()
         # True: keep one (B, T, D) per block, recompute the rest in the backward
         self.checkpoint_activations = False
-        self.checkpoint_context = no_context     # model -> (forward context, recompute context); lora.py sets it
+        self.checkpoint_context = no_context     # block -> (forward context, recompute context); lora.py sets it
 
     def tie(self):
         """Make the output matrix the embedding matrix, if the config says so."""
@@ -343,7 +362,7 @@ class Llama(nn.Module):
             run = layer
             if self.checkpoint_activations and torch.is_grad_enabled():
                 run = partial(checkpoint, layer, use_reentrant=False,
-                              context_fn=lambda: self.checkpoint_context(self))
+                              context_fn=partial(self.checkpoint_context, layer))
             x = run(x, cos, sin, cache, i, read if i == c.n_layers - 1 else None)
         return self.norm(x)
 
@@ -441,21 +460,23 @@ class KVCache:
         self.slots = slots       # prompt and new tokens of the longest row
         self.k, self.v = [], []  # per layer (B, K, slots, d), in the dtype of attention
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)        # (B,) tokens stored per row
-        self.used = 0            # no row is longer than this; only so many slots are read
+        self.used = 0            # no row is longer than this
+        self.seen = 0            # so many slots are read
         self.prompts_of = None   # the rows whose prompts are coming in; None when decoding
-        self.rows = self.mask = None
+        self.places = self.mask = None
 
     def begin(self, positions):
         """-> positions of the tokens that come now. When decoding, each row's mask over the slots is made, too."""
         if self.prompts_of is not None:
             return positions                                                      # 0..T-1
         # rows of 16: a GPU's kernel copies any other mask, in each layer
-        slots = torch.arange(-(-(self.used + 1) // 16) * 16, device=positions.device)
+        slots = torch.arange(-(-self.seen // 16) * 16, device=positions.device)
         unseen = (slots > self.lengths[:, None])[:, None, None]
         # added to the scores; made once a step, where a bool mask would be turned into this one in each layer
         mask = torch.zeros_like(unseen, dtype=self.k[0].dtype).masked_fill_(unseen, -math.inf)
-        self.mask = mask[..., :self.used + 1]                                     # (B, 1, 1, S)
-        self.rows = torch.arange(len(self.lengths), device=positions.device)
+        self.mask = mask[..., :self.seen]                                         # (B, 1, 1, S)
+        heads = torch.arange(len(self.lengths) * self.k[0].shape[1], device=positions.device)    # (B K), row by row
+        self.places = heads.view(len(self.lengths), -1) * self.slots + self.lengths[:, None]
         return self.lengths[:, None]
 
     def update(self, layer, k, v):
@@ -466,23 +487,22 @@ class KVCache:
                     store.append(x.new_zeros(len(self.lengths), x.shape[1], self.slots, x.shape[3]))
                 store[layer][self.prompts_of, :, :x.shape[2]] = x
             return k, v, None
-        self.k[layer][self.rows, :, self.lengths], self.v[layer][self.rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
-        return self.k[layer][:, :, :self.used + 1], self.v[layer][:, :, :self.used + 1], self.mask
-
-    def advance(self, running):
-        """One token per row has been stored; it counts for the rows that are `running` (B,) bool,
-        the others' is written over."""
-        self.lengths, self.used = self.lengths + running, min(self.used + 1, self.slots - 1)
+        for store, x in ((self.k[layer], k), (self.v[layer], v)):
+            store.view(-1, x.shape[3]).index_copy_(0, self.places.flatten(), x.reshape(-1, x.shape[3]))
+        return self.k[layer][:, :, :self.seen], self.v[layer][:, :, :self.seen], self.mask
 
     def keep(self, rows):
         """Drop all rows but these; layer by layer, so that the copy is small."""
         for i in range(len(self.k)):
             self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
-        self.set_lengths(self.lengths[rows])
+        self.lengths = self.lengths[rows]
+        self.reads(int(self.lengths.max()))
 
-    def set_lengths(self, lengths):
-        """Other rows, other lengths (B,)."""
-        self.lengths, self.used = lengths, int(lengths.max())
+    def reads(self, used):
+        """No row is longer than `used`: with the token that comes, so many slots have to be read. On a GPU more, a
+        multiple of 64, so that one recording serves as many steps."""
+        unit = 64 if self.lengths.is_cuda else 1
+        self.used, self.seen = used, min(-(-(used + 1) // unit) * unit, self.slots)
 
 
 def keyed_seed(*key):
@@ -605,7 +625,8 @@ def prefill(model, prompts, cache, rows):
     cache.prompts_of = rows
     states = model.hidden(tokens, cache, last_places(lengths, tokens.shape[1]))
     cache.prompts_of = None
-    cache.set_lengths(cache.lengths.index_copy(0, rows, lengths))
+    cache.lengths[rows] = lengths
+    cache.reads(int(cache.lengths.max()))
     return states
 
 
@@ -623,6 +644,27 @@ def make_room(model, prompts, cache, x, row, count, done, waiting):
         cache.keep(rest)
         x, row, count, done = x[rest], row[rest], count[rest], done[rest]
     return x, row, count, done, waiting + len(fresh)
+
+
+class Recorded:
+    """A step without arguments, on tensors that stay where they are. On a GPU it is recorded when its shapes come for
+    the second time, and replayed from then on: a thousand kernels started by one call instead of one by one."""
+
+    def __init__(self, step, device):
+        self.step, self.graphs = step, {}
+        # (autocast keeps casts of its own, which a recording would not find again)
+        self.able = Llama.cuda_graphs and device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        self.pool = torch.cuda.graph_pool_handle() if self.able else None
+
+    def __call__(self, *shapes):
+        if not self.able or shapes not in self.graphs:
+            self.graphs[shapes] = None
+            return self.step()
+        if self.graphs[shapes] is None:
+            self.graphs[shapes] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[shapes], self.pool, capture_error_mode="thread_local"):
+                self.step()                                    # (recorded, not done)
+        self.graphs[shapes].replay()
 
 
 def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs):
@@ -643,6 +685,24 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
     x = prefill(model, prompts[:size], cache, row)                               # (B, D)
     count, done = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
     horizon = int(limits[row].max())                                             # by then all rows here have ended
+
+    def draw():
+        """An id for each row, noted where it belongs."""
+        logits = model.output(x).float().masked_fill_(banned, BANNED)            # (B, V)
+        token, place = pick(logits, u[row, count]), count.masked_fill(done, M)
+        out[row, place] = token
+        if with_logprobs:
+            logprobs[row, place] = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+        count.add_(~done)
+        done.logical_or_((token == eos_id) | (count == limits[row]))
+        return token
+
+    def draw_and_read():
+        """And what the model makes of it; an ended row's is written over by its next."""
+        x.copy_(model.hidden(draw()[:, None], cache)[:, 0])
+        cache.lengths.add_(~done)
+
+    draw_and_read = Recorded(draw_and_read, device)
     for step in itertools.count():
         if step % 8 == 0 or step == horizon:
             if not torch.isfinite(x).all():
@@ -653,17 +713,11 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
             if 8 * ended >= len(row):
                 x, row, count, done, waiting = make_room(model, prompts, cache, x, row, count, done, waiting)
                 horizon = step + int((limits[row] - count).max())
-        logits = model.output(x).float().masked_fill_(banned, BANNED)            # (B, V)
-        token = pick(logits, u[row, count])
-        place = torch.where(done, M, count)
-        out[row, place] = token
-        if with_logprobs:
-            logprobs[row, place] = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
-        count = count + ~done
-        done = done | (token == eos_id) | (count == limits[row])
         if step + 1 < horizon:
-            x = model.hidden(token[:, None], cache)[:, 0]
-            cache.advance(~done)
+            draw_and_read(len(row), cache.seen)
+            cache.reads(min(cache.used + 1, cache.slots - 1))
+        else:
+            draw()
 
 
 # ------------------------------------------------------------------------------------------------ checkpoint files

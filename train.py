@@ -90,6 +90,8 @@ class Config:
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm, policy and value apart", low=0)
     checkpoint_activations: bool = knob(False, "recompute each layer in the backward pass: "
                                                "less memory, a third more time")
+    cuda_graphs: bool = knob(True, "on a GPU, record the decoding step as a CUDA graph and replay it: the same tokens, "
+                                   "in a third of the time")
     beta2: float = knob(0.999, "decay of Adam's second moment in the sft and reward stages (PPO: 0.999)", low=0)
     save_every: int = knob(20, "steps between checkpoints", low=1)
 
@@ -1258,6 +1260,7 @@ def main(argv=None):
         if cfg.dry_run:
             return dry_run(cfg, inputs, todo)
         device = start_processes()
+    Llama.cuda_graphs = cfg.cuda_graphs
     if redo and todo:
         runs[todo[0]].replaced = [runs[s] for s in redo if s in runs]
     if todo and cfg.model and base_folder(cfg.model) != Path(cfg.model):

@@ -158,22 +158,44 @@ def test_each_process_finds_its_gpu(monkeypatch, capsys, gpus, processes, device
     assert ("2 processes for 1 GPU: they share" in capsys.readouterr().out) == (gpus == 1)
 
 
-@pytest.mark.parametrize("reward, flags", [("reward", ["--dtype=float32"]), ("reward", []),
-                                           ("reward_adapter", ["--regularizer_mode=loss", "--checkpoint_activations"])])
-def test_a_gpu_runs_ppo(tiny, tmp_path, reward, flags):
-    """Where there is a GPU: three steps, the first of which checks itself (KL 0, ratio 1, sampled log-probabilities equal to
-    recomputed ones), in float32 and in bfloat16. All other tests hide the GPU."""
+def on_a_gpu(program, *arguments):
+    """Run a program that may see the GPU, which all other tests hide; skip where there is none. -> what it prints"""
     if not shutil.which("nvidia-smi"):
         pytest.skip("there is no GPU")
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     environment |= {} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS}
-    start = "import torch, train, sys; torch.cuda.is_available() or sys.exit(77); train.main(sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", start, "--stage=ppo", f"--model={tiny / 'sft'}", f"--reward={tiny / reward}",
-         f"--prompts={ROOT / 'toy' / 'unlabeled.json'}", f"--out={tmp_path / 'out'}", "--steps=3", "--rollout_batch=8",
-         "--minibatch=4", "--micro_batch=2", "--prompt_len=60", "--response_len=12", *flags],
-        cwd=ROOT, env=environment, capture_output=True, text=True)
+    start = "import sys, torch; torch.cuda.is_available() or sys.exit(77); " + program
+    done = subprocess.run([sys.executable, "-c", start, *arguments], cwd=ROOT, env=environment, capture_output=True,
+                          text=True)
     if done.returncode == 77:
         pytest.skip("torch finds no GPU")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("step ") == 3 and (tmp_path / "out" / "policy" / "adapter_model.safetensors").is_file()
+    return done.stdout
+
+
+@pytest.mark.parametrize("reward, flags", [("reward", ["--dtype=float32"]), ("reward", []),
+                                           ("reward_adapter", ["--regularizer_mode=loss", "--checkpoint_activations"])])
+def test_a_gpu_runs_ppo(tiny, tmp_path, reward, flags):
+    """Three steps, the first of which checks itself (KL 0, ratio 1, sampled log-probabilities equal to recomputed ones), in
+    float32 and in bfloat16."""
+    printed = on_a_gpu(
+        "import train; train.main(sys.argv[1:])", "--stage=ppo", f"--model={tiny / 'sft'}", f"--reward={tiny / reward}",
+        f"--prompts={ROOT / 'toy' / 'unlabeled.json'}", f"--out={tmp_path / 'out'}", "--steps=3", "--rollout_batch=8",
+        "--minibatch=4", "--micro_batch=2", "--prompt_len=60", "--response_len=12", *flags)
+    assert printed.count("step ") == 3 and (tmp_path / "out" / "policy" / "adapter_model.safetensors").is_file()
+
+
+RECORDED = """
+from model import Llama, generate, load_llama
+prompts, limits = [[1] + [5 + i] * (1 + i % 4) for i in range(24)], [1 + (17 * i) % 90 for i in range(24)]
+replay, replays = torch.cuda.CUDAGraph.replay, []
+torch.cuda.CUDAGraph.replay = lambda graph: replays.append(graph) or replay(graph)
+for Llama.cuda_graphs, device in ((True, "cuda"), (False, "cuda"), (True, "cpu")):
+    print(len(replays), *generate(load_llama(sys.argv[1], device), prompts, 90, seed=3, eos_id=-1, batch_size=8, limits=limits))
+"""
+
+
+def test_a_gpu_draws_the_same_tokens_with_and_without_recordings(tiny):
+    """In float32, with places that are refilled and rows that leave; and the tokens that the CPU draws."""
+    recorded, plain, cpu = (line.split(" ", 1) for line in on_a_gpu(RECORDED, str(tiny / "sft")).splitlines())
+    assert recorded[1] == plain[1] == cpu[1] and recorded[0] == "0" and int(plain[0]) > 100 and cpu[0] == plain[0]

@@ -332,7 +332,8 @@ def test_a_decoding_step_sees_each_rows_own_slots():
     other for a GPU's kernel, once in each layer."""
     cache = KVCache(2, 40)
     cache.k.append(torch.zeros(2, 1, 40, 4))
-    cache.set_lengths(torch.tensor([3, 18]))
+    cache.lengths = torch.tensor([3, 18])
+    cache.reads(18)
     assert cache.begin(torch.zeros(1, 1)).tolist() == [[3], [18]]
     assert cache.mask.shape == (2, 1, 1, 19) and all(step % 16 == 0 for step in cache.mask.stride()[:-1])
     assert (cache.mask[:, 0, 0] == 0).tolist() == [[True] * 4 + [False] * 15, [True] * 19] and cache.mask.min() == -torch.inf
@@ -801,6 +802,36 @@ def test_a_batch_that_refills_keeps_its_one_cache_and_reads_no_more_than_it_hold
     layers = model.config.n_layers
     assert [tuple(k.shape) for cache in caches for k in cache.k] == [(8, 2, 11, 16)] * layers
     assert read[::layers] == [(3, 3), *((1, n) for n in range(4, 11))] * 3
+
+
+def test_what_a_recording_works_on_stays_where_it_is(tmp_path, monkeypatch):
+    """A replayed recording reads and writes the very memory that it was made on: as long as a decoding step has the same
+    shapes - through refilled places, too - every tensor that it finds must lie where it lay."""
+    import model as module
+    found, refilled = {}, []
+
+    def tensors(x):
+        """Where all lies that a function reaches."""
+        if torch.is_tensor(x):
+            return [x.data_ptr()]
+        if isinstance(x, KVCache):
+            return [t.data_ptr() for t in (*x.k, *x.v, x.lengths)]
+        return sum((tensors(cell.cell_contents) for cell in getattr(x, "__closure__", None) or ()), [])
+
+    class Watched:
+        def __init__(self, step, device):
+            self.step = step
+
+        def __call__(self, *shapes):
+            places = tensors(self.step)
+            assert len(places) > 10 and found.setdefault(shapes, places) == places
+            self.step()
+
+    monkeypatch.setattr(module, "Recorded", Watched)
+    monkeypatch.setattr(module, "prefill", lambda *args, real=module.prefill: refilled.append(len(args[1])) or real(*args))
+    limits = [1 + (17 * i) % 40 for i in range(24)]
+    generate(golden_model("gqa", tmp_path), [[1, 5, 6]] * 24, 40, limits=limits, batch_size=8, return_logprobs=True)
+    assert len(refilled) > 4 and {rows for rows, _ in found} > {8, 2}
 
 
 def test_ended_rows_cost_nothing_for_long(tmp_path, monkeypatch):

@@ -575,8 +575,8 @@ def test_every_setting_changes_something():
 def test_settings_that_decide_the_result_are_compared():
     """A run folder is continued only with the settings that made it; the rest - where, how often, how many at once -
     may change in between. Every setting is in exactly one of the two groups."""
-    free = {"stage", "out", "redo", "dry_run", "micro_batch", "generate_batch", "checkpoint_activations", "save_every", "eval_every",
-            "eval_data", "eval_temperature", "eval_drop_long"}
+    free = {"stage", "out", "redo", "dry_run", "micro_batch", "generate_batch", "checkpoint_activations", "cuda_graphs",
+            "save_every", "eval_every", "eval_data", "eval_temperature", "eval_drop_long"}
     compared = {name for names in train.READ_BY.values() for name in names}
     assert compared | free == {f.name for f in dataclasses.fields(train.Config)}
     assert not compared & free
