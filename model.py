@@ -142,7 +142,14 @@ class Rotation(torch.autograd.Function):
 
 
 def turned(x, cos, sin):
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """x cos + (x with its halves exchanged) sin"""
+    half = x.shape[-1] // 2
+    if x.device.type == "cpu":
+        return torch.addcmul(x * cos, x.roll(half, -1), sin)
+    out = x * cos                                                # a GPU's roll is slower than all the rest
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 class Linear(nn.Linear):

@@ -53,6 +53,7 @@ SHAPES_7B = {"generate": dict(batch=64, prompt=192, new=300), "uneven": dict(bat
              "ppo": dict(batch=128, prompt=192, new=300, epochs=2, minibatches=1, micro=8, generate=32)}
 PEERS = {"generate": "transformers", "uneven": "transformers", "update": "transformers + peft", "ppo": "TRL"}
 CUDA = torch.cuda.is_available()
+DEVICE = "cuda:0" if CUDA else "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------ useful work
@@ -177,7 +178,7 @@ def our_update(size, s, args, rank):
     add_lora(policy, "policy", 8, 64)
     policy.checkpoint_activations = args.checkpointing
     net = ActorCritic(policy, "policy")
-    module = wrap(net, "cuda:0" if CUDA else "cpu") if args.processes > 1 else net
+    module = wrap(net, DEVICE) if args.processes > 1 else net
     optimizer = torch.optim.AdamW(trainable(net), lr=1e-4, fused=True)
     rows = s["batch"] // args.processes
     tokens = torch.tensor(random_prompts(size, rows, s["length"], rank), device=policy.device)
@@ -206,7 +207,6 @@ def our_ppo(size, s, args, rank):
     from model import ban_mask, packed_weights
     from reward import ActorCritic, RewardModel
     from types import SimpleNamespace
-    device = "cuda:0" if CUDA else "cpu"
     policy = our_model(size, args.torch_dtype)
     add_lora(policy, "policy", 8, 64)
     trunk = policy if args.one_trunk else our_model(size, args.torch_dtype, lm_head=False)
@@ -217,7 +217,7 @@ def our_ppo(size, s, args, rank):
     for name in ("value", "policy"):
         for p in train.lora_parameters(policy if name == "policy" else trunk, name):
             p.requires_grad_(True)
-    net = ActorCritic(policy, "policy", trunk, "value", ban_mask(SIZES[size][5], [0, 1], device))
+    net = ActorCritic(policy, "policy", trunk, "value", ban_mask(SIZES[size][5], [0, 1], DEVICE))
     policy.checkpoint_activations = trunk.checkpoint_activations = args.checkpointing
     cfg = train.Config(stage="ppo", model="random", rollout_batch=s["batch"], minibatch=s["batch"] // s["minibatches"],
                        micro_batch=s.get("micro", 16), ppo_epochs=s["epochs"], prompt_len=s["prompt"],
@@ -227,7 +227,7 @@ def our_ppo(size, s, args, rank):
     optimizer = torch.optim.AdamW(train.trainable(net), lr=1e-5, eps=1e-5, weight_decay=0.0, fused=True)
     inputs = SimpleNamespace(prompts=random_prompts(size, 2 * s["batch"], s["prompt"], 0), banned_ids=[0, 1],
                              tokenizer=SimpleNamespace(eos_id=-1))
-    ddp, parts, number = train.wrap(net, device).eval(), [], iter(range(1, 1000))
+    ddp, parts, number = train.wrap(net, DEVICE).eval(), [], iter(range(1, 1000))
 
     args.until_the_end.enter_context(packed_weights(net, reward))
 
@@ -235,7 +235,7 @@ def our_ppo(size, s, args, rank):
         row, _ = train.ppo_step(cfg, next(number), net, ddp, reward, optimizer, inputs, 0.02)
         parts.append({phase: row[f"{phase}_seconds"] for phase in train.PHASES})
     layouts = {name: train.peak(memory) for name, _, memory in train.layouts(
-        cfg, "ppo", our_config(size), args.torch_dtype, 8, device[:4])}
+        cfg, "ppo", our_config(size), args.torch_dtype, 8, DEVICE[:4])}
     estimate = layouts["one trunk" if args.one_trunk else "two trunks"]
     step.more = lambda: {"parts": parts[-1], "estimate": estimate}
     return step
@@ -251,14 +251,20 @@ def peer_config(size, **more):
                        tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more)
 
 
+def peer_model(size, args, **more):
+    from transformers import LlamaForCausalLM
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(peer_config(size, **more)).to(args.torch_dtype)
+
+
 def peer_generate(size, s, args, rank):
     """transformers' generate, sampling, no EOS. It has no places to refill and ends no row alone: uneven rows are
     decoded in batches of the same size, each to its longest row."""
-    from transformers import GenerationConfig, LlamaForCausalLM
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(peer_config(size)).to(args.torch_dtype).eval()
+    from transformers import GenerationConfig
+    model = peer_model(size, args).eval()
     rows, size_of_batch = response_lengths(args.job, s, args.processes), s["batch"] // args.processes
-    ids = torch.tensor(random_prompts(size, len(rows), s["prompt"], rank))
+    ids = torch.tensor(random_prompts(size, len(rows), s["prompt"], rank), device=DEVICE)
 
     def step():
         for i in range(0, len(rows), size_of_batch):
@@ -273,14 +279,14 @@ def peer_generate(size, s, args, rank):
 
 def peer_update(size, s, args, rank):
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(peer_config(size, use_cache=False)).to(args.torch_dtype).train()
+    model = peer_model(size, args, use_cache=False).train()
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=64, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
                                              target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    if args.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     net = torch.nn.parallel.DistributedDataParallel(model) if args.processes > 1 else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    ids = torch.tensor(random_prompts(size, s["batch"] // args.processes, s["length"], rank))
+    ids = torch.tensor(random_prompts(size, s["batch"] // args.processes, s["length"], rank), device=DEVICE)
 
     def step():
         net(input_ids=ids, labels=ids).loss.backward()
@@ -336,7 +342,7 @@ def peer_ppo(size, s, args, rank):
 def all_sum(x):
     if not torch.distributed.is_initialized():
         return x
-    t = torch.tensor([float(x)], dtype=torch.float64, device="cuda" if CUDA else "cpu")
+    t = torch.tensor([float(x)], dtype=torch.float64, device=DEVICE)
     torch.distributed.all_reduce(t)
     return t.item()
 
@@ -350,7 +356,7 @@ def synchronise():
 def matrix_speed(n=1536):
     """FLOP/s of a square matrix product, the best of three; on a GPU larger and in bfloat16."""
     n, dtype = (8192, torch.bfloat16) if CUDA else (n, torch.float32)
-    a, best = torch.randn(n, n, device="cuda" if CUDA else "cpu").to(dtype), 1e9
+    a, best = torch.randn(n, n, device=DEVICE).to(dtype), 1e9
     for _ in range(4):
         start = time.perf_counter()
         a @ a
@@ -362,7 +368,7 @@ def matrix_speed(n=1536):
 
 def copy_speed():
     """Bytes per second, read and written, of a large copy."""
-    x = torch.empty(1 << 28 if CUDA else 1 << 26, device="cuda" if CUDA else "cpu").fill_(1)
+    x = torch.empty(1 << 28 if CUDA else 1 << 26, device=DEVICE).fill_(1)
     y, best = torch.empty_like(x), 1e9
     for _ in range(4):
         start = time.perf_counter()
@@ -478,7 +484,7 @@ def compare(job, size, processes, args):
     """Take turns. -> figures of ours and of the peer's repetitions (none if there is no peer here),
     warm-up left out."""
     sides = {"ours": Program("ours", job, size, processes, args)}
-    if job in PEERS and args.peers and not CUDA:
+    if job in PEERS and args.peers and not (CUDA and job == "ppo"):      # (TRL's critic trains whole: 107 GB at 7B)
         sides["peer"] = Program("peer", job, size, processes, args)
     found, start = {side: [] for side in sides}, time.perf_counter()
     for i in range(args.repetitions + args.warm_up):
