@@ -655,7 +655,8 @@ def make_room(model, prompts, cache, x, row, count, done, waiting):
 
 class Recorded:
     """A step without arguments, on tensors that stay where they are. On a GPU it is recorded when its shapes come for
-    the second time, and replayed from then on: a thousand kernels started by one call instead of one by one."""
+    the second time, and replayed from then on: a thousand kernels started by one call instead of one by one. What is
+    recorded must not wait for the GPU (`item`, `print`, `nonzero`)."""
 
     def __init__(self, step, device):
         self.step, self.graphs = step, {}
@@ -691,25 +692,15 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
     cache = KVCache(len(row), slots, device)
     x = prefill(model, prompts[:size], cache, row)                               # (B, D)
     count, done = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
+    last = torch.zeros_like(row)                                                 # the id that each row drew last
     horizon = int(limits[row].max())                                             # by then all rows here have ended
 
-    def draw():
-        """An id for each row, noted where it belongs."""
-        logits = model.output(x).float().masked_fill_(banned, BANNED)            # (B, V)
-        token, place = pick(logits, u[row, count]), count.masked_fill(done, M)
-        out[row, place] = token
-        if with_logprobs:
-            logprobs[row, place] = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
-        count.add_(~done)
-        done.logical_or_((token == eos_id) | (count == limits[row]))
-        return token
-
-    def draw_and_read():
-        """And what the model makes of it; an ended row's is written over by its next."""
-        x.copy_(model.hidden(draw()[:, None], cache)[:, 0])
+    def read():
+        """What the model makes of the last ids; an ended row's is written over by its next."""
+        x.copy_(model.hidden(last[:, None], cache)[:, 0])
         cache.lengths.add_(~done)
 
-    draw_and_read = Recorded(draw_and_read, device)
+    read = Recorded(read, device)
     for step in itertools.count():
         if step % 8 == 0 or step == horizon:
             if not torch.isfinite(x).all():
@@ -719,12 +710,18 @@ def decode(model, prompts, limits, u, pick, eos_id, banned, size, with_logprobs)
                 return out[:, :M].tolist(), logprobs[:, :M].tolist()
             if 8 * ended >= len(row):
                 x, row, count, done, waiting = make_room(model, prompts, cache, x, row, count, done, waiting)
-                horizon = step + int((limits[row] - count).max())
+                last, horizon = last[:len(row)], step + int((limits[row] - count).max())
+        logits = model.output(x).float().masked_fill_(banned, BANNED)            # (B, V)
+        token, place = pick(logits, u[row, count]), count.masked_fill(done, M)
+        out[row, place] = token
+        if with_logprobs:
+            logprobs[row, place] = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+        last.copy_(token)
+        count += ~done
+        done |= (token == eos_id) | (count == limits[row])
         if step + 1 < horizon:
-            draw_and_read(len(row), cache.seen)
+            read(len(row), cache.seen)
             cache.reads(min(cache.used + 1, cache.slots - 1))
-        else:
-            draw()
 
 
 # ------------------------------------------------------------------------------------------------ checkpoint files
