@@ -483,7 +483,7 @@ class KVCache:
         mask = torch.zeros_like(unseen, dtype=self.k[0].dtype).masked_fill_(unseen, -math.inf)
         self.mask = mask[..., :self.seen]                                         # (B, 1, 1, S)
         heads = torch.arange(len(self.lengths) * self.k[0].shape[1], device=positions.device)    # (B K), row by row
-        self.places = heads.view(len(self.lengths), -1) * self.slots + self.lengths[:, None]
+        self.places = heads.view(len(self.lengths), -1) * self.slots + self.lengths[:, None]    # (B, K)
         return self.lengths[:, None]
 
     def update(self, layer, k, v):
@@ -665,7 +665,9 @@ class Recorded:
         self.pool = torch.cuda.graph_pool_handle() if self.able else None
 
     def __call__(self, *shapes):
-        if not self.able or shapes not in self.graphs:
+        if not self.able:
+            return self.step()
+        if shapes not in self.graphs:                          # the first time as it is: its kernels are loaded
             self.graphs[shapes] = None
             return self.step()
         if self.graphs[shapes] is None:

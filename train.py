@@ -90,8 +90,8 @@ class Config:
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm, policy and value apart", low=0)
     checkpoint_activations: bool = knob(False, "recompute each layer in the backward pass: "
                                                "less memory, a third more time")
-    cuda_graphs: bool = knob(True, "on a GPU, record the decoding step as a CUDA graph and replay it: the same tokens, "
-                                   "for 7B with adapters in a third of the time")
+    cuda_graphs: bool = knob(True, "on a GPU, record the decoding step as a CUDA graph and replay it, instead of "
+                                   "starting its kernels one by one")
     beta2: float = knob(0.999, "decay of Adam's second moment in the sft and reward stages (PPO: 0.999)", low=0)
     save_every: int = knob(20, "steps between checkpoints", low=1)
 

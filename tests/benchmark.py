@@ -484,7 +484,7 @@ def compare(job, size, processes, args):
     """Take turns. -> figures of ours and of the peer's repetitions (none if there is no peer here),
     warm-up left out."""
     sides = {"ours": Program("ours", job, size, processes, args)}
-    if job in PEERS and args.peers and not (CUDA and job == "ppo"):      # (TRL's critic trains whole: 107 GB at 7B)
+    if job in PEERS and args.peers and not (CUDA and job == "ppo"):      # (TRL's critic trains whole: over 100 GB)
         sides["peer"] = Program("peer", job, size, processes, args)
     found, start = {side: [] for side in sides}, time.perf_counter()
     for i in range(args.repetitions + args.warm_up):
