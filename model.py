@@ -246,6 +246,20 @@ def attend(q, k, v, mask=None):
                                           enable_gqa=q.shape[1] != k.shape[1])
 
 
+def attend_by_rows(q, k, v, mask, key_rows, value_rows):
+    """`attend` with one query per head, q (B, H, 1, d), on a CPU. Its scores are a weighted sum of d rows of k
+    (B, K, d, columns), its answer is one of S rows of v (B, K, slots, d); key_rows (B H, d), value_rows (B H, S) say of
+    which, all laid end to end. embedding_bag adds them up in half the time of SDPA, which starts two tiny products a head."""
+    def weighted(weights, rows, table):
+        """sum over j of weights[i, j] table[rows[i, j]], for each i."""
+        return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.to(table.dtype))
+
+    (B, H, _, d), S = q.shape, mask.shape[3]
+    scores = weighted(q.reshape(B * H, d) * d ** -0.5, key_rows, k.view(-1, k.shape[3])).view(B, H, -1)
+    probs = (scores[:, :, :S] + mask[:, :, 0]).softmax(-1)
+    return weighted(probs.view(B * H, S), value_rows, v.view(-1, d)).view(B, H, 1, d)
+
+
 def at(x, read):
     """The rows `read` (N,) of x (B, T, D), counted through the batch -> (N, D); None: x as it is."""
     return x if read is None else x.flatten(0, 1).index_select(0, read)
@@ -266,10 +280,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (w(x).to(cos.dtype).view(B, T, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None    # (B, H, T, d), (B, K, T, d)
-        if cache is not None:
-            k, v, mask = cache.update(layer, k, v)               # (B, K, S, d) twice, (B, 1, 1, S) or None
-        out = attend(q, k, v, mask).to(x.dtype)                  # (B, H, T, d)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)        # (B, H, T, d), (B, K, T, d) twice
+        out = (attend(q, k, v) if cache is None else cache.attend(layer, q, k, v)).to(x.dtype)
         return self.wo(at(out.transpose(1, 2).flatten(2), read))
 
 
@@ -360,7 +372,7 @@ class Llama(nn.Module):
         c = self.config
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]    # (1, T)
         if cache is not None:
-            positions = cache.begin(positions)                                   # (1, T), or (B, 1) when decoding
+            positions = cache.begin(positions, c.n_heads)                        # (1, T), or (B, 1) when decoding
         if positions.shape[1] > c.max_seq_len:
             raise ValueError(f"{positions.shape[1]} tokens are more than max_seq_len {c.max_seq_len} of this model")
         x = self.tok_embeddings(tokens)
@@ -461,18 +473,19 @@ def ban_mask(vocab_size, banned_ids, device="cpu"):
 
 class KVCache:
     """Keys and values of all layers, allocated by the first prompts and copied only when rows leave; every row has its
-    own length and writes at its own position."""
+    own length and writes at its own position. On a CPU, for `attend_by_rows`, the keys lie in memory as columns."""
 
     def __init__(self, rows, slots, device="cpu"):
         self.slots = slots       # prompt and new tokens of the longest row
         self.k, self.v = [], []  # per layer (B, K, slots, d), in the dtype of attention
+        self.columns = torch.device(device).type == "cpu"
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)        # (B,) tokens stored per row
         self.used = 0            # no row is longer than this
         self.seen = 0            # so many slots are read
         self.prompts_of = None   # the rows whose prompts are coming in; None when decoding
-        self.places = self.mask = None
+        self.rows = self.mask = self.key_rows = self.value_rows = None
 
-    def begin(self, positions):
+    def begin(self, positions, n_heads):
         """-> positions of the tokens that come now. When decoding, each row's mask over the slots is made, too."""
         if self.prompts_of is not None:
             return positions                                                      # 0..T-1
@@ -482,21 +495,37 @@ class KVCache:
         # added to the scores; made once a step, where a bool mask would be turned into this one in each layer
         mask = torch.zeros_like(unseen, dtype=self.k[0].dtype).masked_fill_(unseen, -math.inf)
         self.mask = mask[..., :self.seen]                                         # (B, 1, 1, S)
-        heads = torch.arange(len(self.lengths) * self.k[0].shape[1], device=positions.device)    # (B K), row by row
-        self.places = heads.view(len(self.lengths), -1) * self.slots + self.lengths[:, None]    # (B, K)
+        self.rows = torch.arange(len(self.lengths), device=positions.device)
+        if self.columns:
+            _, K, _, d = self.k[0].shape
+            heads = torch.arange(len(self.lengths) * K).repeat_interleave(n_heads // K)[:, None]    # each query's
+            self.key_rows = heads * d + torch.arange(d)                           # (B H, d)
+            self.value_rows = heads * self.slots + slots[:self.seen]              # (B H, S)
         return self.lengths[:, None]
 
-    def update(self, layer, k, v):
-        """Store k, v (b, K, T, d) of one layer; return the keys, values and mask that its queries may see."""
+    def attend(self, layer, q, k, v):
+        """Store k, v (b, K, T, d) of one layer; q (b, H, T, d) attends to all that its row holds -> (b, H, T, d)."""
         if self.prompts_of is not None:
-            for store, x in ((self.k, k), (self.v, v)):
-                if layer == len(store):                        # zeros: a masked slot has weight 0, and 0 * NaN is NaN
-                    store.append(x.new_zeros(len(self.lengths), x.shape[1], self.slots, x.shape[3]))
-                store[layer][self.prompts_of, :, :x.shape[2]] = x
-            return k, v, None
+            if layer == len(self.k):                           # zeros: a masked slot has weight 0, and 0 * NaN is NaN
+                B, (_, K, T, d) = len(self.lengths), k.shape
+                self.k.append(k.new_zeros(B, K, d, 0).mT if self.columns else k.new_zeros(B, K, self.slots, d))
+                self.v.append(v.new_zeros(B, K, self.slots, d))
+            self.widen(layer, k.shape[2])
+            for store, x in ((self.k[layer], k), (self.v[layer], v)):
+                store[self.prompts_of, :, :x.shape[2]] = x
+            return attend(q, k, v)
+        self.widen(layer, self.seen)
         for store, x in ((self.k[layer], k), (self.v[layer], v)):
-            store.view(-1, x.shape[3]).index_copy_(0, self.places.flatten(), x.reshape(-1, x.shape[3]))
-        return self.k[layer][:, :, :self.seen], self.v[layer][:, :, :self.seen], self.mask
+            store[self.rows, :, self.lengths] = x[:, :, 0]
+        if self.columns:
+            return attend_by_rows(q, self.k[layer].mT, self.v[layer], self.mask, self.key_rows, self.value_rows)
+        return attend(q, self.k[layer][:, :, :self.seen], self.v[layer][:, :, :self.seen], self.mask)
+
+    def widen(self, layer, slots):
+        """Room for keys in so many slots. Only columns may lack it: they are read whole, so they grow with need."""
+        have = self.k[layer].shape[2]
+        if slots > have:
+            self.k[layer] = F.pad(self.k[layer].mT, (0, min(-(-slots // 64) * 64, self.slots) - have)).mT
 
     def keep(self, rows):
         """Drop all rows but these; layer by layer, so that the copy is small."""

@@ -32,6 +32,18 @@ def golden(case):
     return load_file(GOLDEN / case / "expected.safetensors")
 
 
+@pytest.fixture(params=["CPU", "GPU"])
+def layout(request, monkeypatch):
+    """Decode with the cache of a CPU, whose keys are columns, and on the CPU with the one of a GPU, too."""
+    real = KVCache.__init__
+
+    def init(cache, *args):
+        real(cache, *args)
+        cache.columns = request.param == "CPU"
+
+    monkeypatch.setattr(KVCache, "__init__", init)
+
+
 def largest(difference):
     return difference.abs().max().item()
 
@@ -310,7 +322,7 @@ def test_right_padding_and_batch_mates_change_nothing(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cached_decoding_equals_the_full_forward_at_every_position(case, tmp_path):
+def test_cached_decoding_equals_the_full_forward_at_every_position(case, layout, tmp_path):
     """24 rows of 1 to 17 prompt ids and up to 90 sampled ones, some of which end early and leave the batch.
 
     Every step's log-probability of the drawn id (a function of all logits of that step) equals the one of a full forward
@@ -327,6 +339,34 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(case, tmp_pat
         assert largest(full - torch.tensor(logps)) <= 1e-5
 
 
+def test_attention_by_rows_is_attention():
+    """3 rows, 6 query heads over 2 heads of keys, 20 slots of which rows hold 1, 7 and 12, against the formula in float64
+    written out; what lies in slots that a row does not hold (1e4) and in its mates' has no part in it."""
+    from model import attend_by_rows
+    B, H, K, slots, d, seen, lengths = 3, 6, 2, 20, 8, 12, (1, 7, 12)
+    q, k, v = (torch.randn(B, n, t, d, generator=torch.Generator().manual_seed(n + t)) for n, t in ((H, 1), (K, slots), (K, slots + 1)))
+    v, mask = v[:, :, :slots].contiguous(), torch.zeros(B, 1, 1, seen)
+    expected = torch.zeros(B, H, d, dtype=torch.float64)
+    for b, n in enumerate(lengths):
+        k[b, :, n:], v[b, :, n:], mask[b, ..., n:] = 1e4, 1e4, -torch.inf
+        for h in range(H):
+            scores = k[b, h // 3, :n].double() @ q[b, h, 0].double() / 8 ** 0.5
+            expected[b, h] = (scores.exp() / scores.exp().sum()) @ v[b, h // 3, :n].double()
+    heads = torch.tensor([[b * K + h // 3] for b in range(B) for h in range(H)])
+    out = attend_by_rows(q, k.mT.contiguous(), v, mask, heads * d + torch.arange(d), heads * slots + torch.arange(seen))
+    assert out.shape == (B, H, 1, d) and largest(out[:, :, 0] - expected) <= 1e-6
+
+
+def test_keys_in_columns_are_read_no_wider_than_needed(tmp_path, monkeypatch):
+    """All columns that there are get read at each step; so a row of 3 tokens that may once have 127 has 64 at first."""
+    import model as module
+    widths, by_rows = [], module.attend_by_rows
+    monkeypatch.setattr(module, "attend_by_rows", lambda q, k, *more: widths.append(k.shape[3]) or by_rows(q, k, *more))
+    model = golden_model("gqa", tmp_path)
+    generate(model, [[1, 5, 6]], 124, eos_id=-1, banned_ids=())
+    assert widths[::model.config.n_layers] == [64] * 61 + [127] * 62
+
+
 def test_a_decoding_step_sees_each_rows_own_slots():
     """Rows of 3 and 18 tokens, and the new one of each. The mask's rows begin at multiples of 16 numbers: torch copies any
     other for a GPU's kernel, once in each layer."""
@@ -334,13 +374,13 @@ def test_a_decoding_step_sees_each_rows_own_slots():
     cache.k.append(torch.zeros(2, 1, 40, 4))
     cache.lengths = torch.tensor([3, 18])
     cache.reads(18)
-    assert cache.begin(torch.zeros(1, 1)).tolist() == [[3], [18]]
+    assert cache.begin(torch.zeros(1, 1), 2).tolist() == [[3], [18]]
     assert cache.mask.shape == (2, 1, 1, 19) and all(step % 16 == 0 for step in cache.mask.stride()[:-1])
     assert (cache.mask[:, 0, 0] == 0).tolist() == [[True] * 4 + [False] * 15, [True] * 19] and cache.mask.min() == -torch.inf
 
 
 @pytest.mark.parametrize("case", ["mha", "gqa"])
-def test_greedy_ids_are_those_of_full_forwards(case, tmp_path):
+def test_greedy_ids_are_those_of_full_forwards(case, layout, tmp_path):
     """The oracle has no cache at all: append the argmax, run everything again."""
     model = golden_model(case, tmp_path)
     prompts = [[1], [1, 9, 8, 7, 6, 5, 4, 3], [1, 50, 60], [1, 2, 3, 2, 1]]
@@ -794,9 +834,11 @@ def test_a_batch_that_refills_keeps_its_one_cache_and_reads_no_more_than_it_hold
     """All 8 places are free at once, three times: the next prompts are written where the last ones were. A cache of their
     own beside it would double the most that sampling takes; and their answers begin again with 4 tokens to attend to."""
     import model as module
-    caches, read, attend = [], [], module.attend
+    caches, read, attend, by_rows = [], [], module.attend, module.attend_by_rows
     monkeypatch.setattr(module, "KVCache", lambda *args, real=module.KVCache: caches.append(real(*args)) or caches[-1])
     monkeypatch.setattr(module, "attend", lambda q, k, *more: read.append((q.shape[2], k.shape[2])) or attend(q, k, *more))
+    monkeypatch.setattr(module, "attend_by_rows", lambda q, k, v, mask, k_rows, v_rows:
+                        read.append((q.shape[2], v_rows.shape[1])) or by_rows(q, k, v, mask, k_rows, v_rows))
     model = golden_model("gqa", tmp_path)
     generate(model, [[1, 5, 6]] * 24, 8, eos_id=-1, banned_ids=(), batch_size=8)
     layers = model.config.n_layers
