@@ -249,7 +249,7 @@ def attend(q, k, v, mask=None):
 def attend_by_rows(q, k, v, mask, key_rows, value_rows):
     """`attend` with one query per head, q (B, H, 1, d), on a CPU. Its scores are a weighted sum of d rows of k
     (B, K, d, columns), its answer is one of S rows of v (B, K, slots, d); key_rows (B H, d), value_rows (B H, S) say of
-    which, all laid end to end. embedding_bag adds them up in half the time of SDPA, which starts two tiny products a head."""
+    which, all laid end to end. embedding_bag adds them up in half the time that SDPA takes for such small products."""
     def weighted(weights, rows, table):
         """sum over j of weights[i, j] table[rows[i, j]], for each i."""
         return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.to(table.dtype))
