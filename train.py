@@ -506,6 +506,8 @@ def start_processes():
     # NCCL refuses two processes on one GPU; and while one process writes a checkpoint, the others wait
     backend = "nccl" if gpus >= here and dist.is_nccl_available() else "gloo"
     settings = {"backend": backend, "timeout": timedelta(hours=2)}
+    if backend == "nccl":
+        settings["device_id"] = torch.device("cuda", local)      # left to guess, barriers warn
     if "WORLD_SIZE" not in os.environ:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**settings)
