@@ -510,7 +510,7 @@ class KVCache:
                 B, (_, K, T, d) = len(self.lengths), k.shape
                 self.k.append(k.new_zeros(B, K, d, 0).mT if self.columns else k.new_zeros(B, K, self.slots, d))
                 self.v.append(v.new_zeros(B, K, self.slots, d))
-            self.widen(layer, k.shape[2])
+            self.widen(layer, k.shape[2] + 1)                  # and for what comes next
             for store, x in ((self.k[layer], k), (self.v[layer], v)):
                 store[self.prompts_of, :, :x.shape[2]] = x
             return attend(q, k, v)
