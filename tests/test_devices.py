@@ -150,11 +150,12 @@ def test_each_process_finds_its_gpu(monkeypatch, capsys, gpus, processes, device
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda i: chosen.append(f"cuda:{i}"))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: chosen.append(backend))
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, timeout, device_id=None: chosen.extend([backend, device_id]))
     for name, value in (("LOCAL_RANK", processes - 1), ("LOCAL_WORLD_SIZE", processes), ("WORLD_SIZE", processes), ("RANK", 0)):
         monkeypatch.setenv(name, str(value))
     assert train.start_processes() == device
-    assert chosen == [device] * (gpus > 0) + [backend]
+    assert chosen == [device] * (gpus > 0) + [backend, torch.device(device) if backend == "nccl" else None]
     assert ("2 processes for 1 GPU: they share" in capsys.readouterr().out) == (gpus == 1)
 
 
