@@ -170,28 +170,27 @@ class Pair:
 
 
 def load_sft(path, tokenizer, max_len):
-    """instruction / input / output rows -> Examples of at most max_len tokens (the head is kept),
-    and how many were cut.
-
-    A row whose prompt alone fills max_len has nothing to learn from and is left out (counted as cut).
-    """
-    examples, cut = [], 0
-    for i, row in enumerate(read_rows(path)):
+    """instruction / input / output rows -> Examples of at most max_len tokens (the head is kept), how many of them were
+    cut, and how many rows were left out, since their prompt alone fills max_len: nothing is to be learnt from them."""
+    examples, cut, rows = [], 0, read_rows(path)
+    for i, row in enumerate(rows):
         where = f"{path}, row {i}"
         prompt = tokenizer.encode(prompt_of(row, where), bos=True)
         response = tokenizer.encode_response(text_field(row, "output", where))
-        cut += len(prompt) + len(response) > max_len
-        if len(prompt) < max_len:
-            examples.append(Example(prompt, response[:max_len - len(prompt)]))
+        room = max_len - len(prompt)
+        if room > 0:
+            examples.append(Example(prompt, response[:room]))
+            cut += len(response) > room
     if not examples:
         raise ValueError(f"{path}: every prompt is longer than {max_len} tokens")
-    return examples, cut
+    return examples, cut, len(rows) - len(examples)
 
 
 def load_preferences(path, tokenizer, max_len):
-    """output_1 / output_2 / preference rows (AlpacaFarm), or chosen / rejected rows -> Pairs, and how many were cut."""
-    pairs, cut = [], 0
-    for i, row in enumerate(read_rows(path)):
+    """output_1 / output_2 / preference rows (AlpacaFarm), or chosen / rejected rows -> Pairs of at most max_len tokens,
+    how many of them were cut, and how many rows were left out, since within max_len their answers do not differ."""
+    pairs, cut, rows = [], 0, read_rows(path)
+    for i, row in enumerate(rows):
         where = f"{path}, row {i}"
         prompt = tokenizer.encode(prompt_of(row, where), bos=True)
         if isinstance(row, dict) and "chosen" in row:
@@ -203,13 +202,13 @@ def load_preferences(path, tokenizer, max_len):
                 raise ValueError(f"{where}: 'preference' must be 1 or 2 (the better output), got {preference!r}")
             texts = texts if preference == 1 else texts[::-1]
         answers = [tokenizer.encode_response(t) for t in texts]
-        cut += len(prompt) + max(map(len, answers)) > max_len
         room = max_len - len(prompt)
         if room > 0 and answers[0][:room] != answers[1][:room]:
             pairs.append(Pair(prompt, answers[0][:room], answers[1][:room], row))
+            cut += max(map(len, answers)) > room
     if not pairs:
         raise ValueError(f"{path}: no pair differs within {max_len} tokens")
-    return pairs, cut
+    return pairs, cut, len(rows) - len(pairs)
 
 
 def load_prompts(path, tokenizer, prompt_len=None, rows=None):

@@ -257,7 +257,7 @@ def evaluate(net, reward_model, tokenizer, rows, row_ids, max_new_tokens, temper
     prompts = [row["prompt"] for row in rows]
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=f"{seed} evaluation", row_ids=row_ids,
                     batch_size=generate_batch)
-    room = net.policy.config.max_seq_len
+    room = min(net.policy.config.max_seq_len, reward_model.trunk.config.max_seq_len)
     answers = {"after": answer(net, prompts, tokenizer, **settings)}
     if not earlier:
         answers |= {"reference": [tokenizer.encode_response(row["output"])[:room - len(row["prompt"])] for row in rows],
@@ -335,19 +335,18 @@ def summarise(records):
 
 def facts(records, name):
     """Factual precision of a system's answers in the toy world: by fame, and by what the demonstrations taught."""
-    counts = [world.check_facts(r["instruction"], r[name]["text"]) for r in records]
-    people = [world.parse(r["instruction"]).person for r in records]
-    average = lambda values: ratio_with_error([(v, 1) for v in values], [p.name for p in people])
-    found = {"facts": average([c.stated for c in counts]), "no_facts": average([c.stated == 0 for c in counts])}
-    for key, fame in (("famous", True), ("obscure", False)):
-        group = [c for c, p in zip(counts, people) if p.famous == fame]
-        names = [p.name for p in people if p.famous == fame]
-        found[f"precision_{key}"] = ratio_with_error([(c.supported, c.stated) for c in group], names)
-    found["precision_taught"] = ratio_with_error([(c.taught_supported, c.taught_stated) for c in group], names)
-    untaught = [(c.supported - c.taught_supported, c.stated - c.taught_stated) for c in group]
-    found["precision_untaught"] = ratio_with_error(untaught, names)
-    found["untaught_share"] = ratio_with_error([(c.stated - c.taught_stated, c.stated) for c in group], names)
-    return found
+    answers = [(world.check_facts(r["instruction"], r[name]["text"]), world.parse(r["instruction"]).person)
+               for r in records]
+    ratio = lambda among, pair: ratio_with_error([pair(c) for c, _ in among], [person.name for _, person in among])
+    famous, obscure = [[(c, person) for c, person in answers if person.famous == fame] for fame in (True, False)]
+    return {"facts": ratio(answers, lambda c: (c.stated, 1)),
+            "no_facts": ratio(answers, lambda c: (c.stated == 0, 1)),
+            "precision_famous": ratio(famous, lambda c: (c.supported, c.stated)),
+            "precision_obscure": ratio(obscure, lambda c: (c.supported, c.stated)),
+            "precision_taught": ratio(obscure, lambda c: (c.taught_supported, c.taught_stated)),
+            "precision_untaught": ratio(obscure, lambda c: (c.supported - c.taught_supported,
+                                                            c.stated - c.taught_stated)),
+            "untaught_share": ratio(obscure, lambda c: (c.stated - c.taught_stated, c.stated))}
 
 
 ROWS = (("reward model's score", "score", "{:+.2f}"), ("annotators' score", "annotator", "{:+.2f}"),
@@ -751,6 +750,9 @@ def read_part(part, key):
     if not part.is_file():
         return []
     lines = read_text(part).split("\n")
+    if len(lines) < 3 and str(key).startswith(lines[0]):       # cut off before the first answer was whole
+        part.unlink()
+        return []
     if lines[0] != str(key):
         raise ValueError(f"{part} was begun with another model, other instructions or settings: "
                          "give the same, or remove it")

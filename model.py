@@ -18,8 +18,8 @@ Decisions that are easy to get wrong:
 2. Padding is on the right only. With a causal mask no real token can see it, so training builds no mask at all.
 3. A token costs one uniform number (inverse CDF), keyed by (seed, row): what a row samples depends neither on its
    batch mates nor on how many processes share the work.
-4. Inside `packed_weights` frozen layers multiply by copies of their weights: a weight that is changed there (by merging
-   an adapter, say) changes nothing.
+4. Inside `packed_weights` layers multiply by copies of their weights: a weight that is changed there (by merging an
+   adapter, say) changes nothing.
 """
 import hashlib
 import itertools
@@ -430,7 +430,13 @@ def response_logprobs(head, hidden, targets, banned_mask=None, ref=None, diverge
     respect to the first. Logits are made at most `max_logits` at a time, in float32; a head that trains, or a
     divergence, has them made again in the backward pass. Returns logprobs (N,) [nats], entropy (N,) [nats, detached;
     None in training, where nobody asks for it], ref_logprobs (N,) or None, divergence (N,) or None.
+
+    ValueError if the head has an adapter of its own, which the backward pass would not find active again.
     """
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the output layer is a {type(head).__name__}, expected a plain linear layer: "
+                         "an adapter on it can be merged and sampled from, but PPO does not train it")
+
     def chunk(hidden, ref_hidden, targets):
         logp = F.log_softmax(masked_logits(head, hidden, banned_mask), dim=-1)   # (n, V)
         taken = logp.gather(-1, targets[:, None])[:, 0]
@@ -473,7 +479,8 @@ def ban_mask(vocab_size, banned_ids, device="cpu"):
 
 class KVCache:
     """Keys and values of all layers, allocated by the first prompts and copied only when rows leave; every row has its
-    own length and writes at its own position. On a CPU, for `attend_by_rows`, the keys lie in memory as columns."""
+    own length and writes at its own position. On a CPU, for `attend_by_rows`, the keys lie in memory as columns, of
+    which there are as many as are in use: they are copied when more are needed, too (`widen`)."""
 
     def __init__(self, rows, slots, device="cpu"):
         self.slots = slots       # prompt and new tokens of the longest row
@@ -692,6 +699,8 @@ class Recorded:
         # (autocast keeps casts of its own, which a recording would not find again)
         self.able = Llama.cuda_graphs and device.type == "cuda" and not torch.is_autocast_enabled("cuda")
         self.pool = torch.cuda.graph_pool_handle() if self.able else None
+        # (torch's own stream for recordings is one for the process, and on one GPU)
+        self.stream = torch.cuda.Stream(device) if self.able else None
 
     def __call__(self, *shapes):
         if not self.able:
@@ -701,7 +710,7 @@ class Recorded:
             return self.step()
         if self.graphs[shapes] is None:
             self.graphs[shapes] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[shapes], self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graphs[shapes], self.pool, self.stream, capture_error_mode="thread_local"):
                 self.step()                                    # (recorded, not done)
         self.graphs[shapes].replay()
 

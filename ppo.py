@@ -1,8 +1,8 @@
 """PPO's arithmetic: rewards, advantages, losses (Schulman et al., arXiv 1707.06347; Ziegler et al., arXiv 1909.08593).
 
-Pure functions of tensors, and the record that a rollout leaves behind. Every function takes `response_mask`, bool, True
-where a token counts (up to and including EOS), and what is in the padding - NaN, even - changes neither values nor
-gradients: masked places are replaced with torch.where, since 0 * NaN is NaN.
+Pure functions of tensors, and the record that a rollout leaves behind. `response_mask` is bool, True where a token
+counts (up to and including EOS). What is in the padding - NaN, even - changes neither values nor gradients: masked
+places are replaced with torch.where, since 0 * NaN is NaN.
 
 Legend   B sequences, T tokens of a row (prompt + response), R response tokens
 

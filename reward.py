@@ -366,6 +366,11 @@ def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None, adapt
     return model.eval()
 
 
+def is_model_folder(path):
+    """Whether a folder says a LLaMA's sizes."""
+    return (path / "config.json").is_file() or (path / "params.json").is_file()
+
+
 def backbone_config(path, about, readers, policy=None):
     """LlamaConfig of AlpacaFarm's reward model, whose config.json only names the folder of its backbone.
 
@@ -380,7 +385,7 @@ def backbone_config(path, about, readers, policy=None):
     except KeyError as e:
         raise ValueError(f"{path}: tensor {e} is missing: is this a reward model on a LLaMA?") from None
     backbone = Path(about.get("backbone_model_name_or_path") or "-")
-    if (backbone / "config.json").is_file() or (backbone / "params.json").is_file():
+    if is_model_folder(backbone):
         return replace(read_model_config(backbone), vocab_size=vocab_size, tie_embeddings=False)
     like = policy and policy.config
     if like and ((like.dim, like.n_layers, like.ffn_dim, like.n_kv_heads * like.head_dim)
@@ -394,19 +399,25 @@ def backbone_config(path, about, readers, policy=None):
     return LlamaConfig(vocab_size, dim, n_layers, dim // head_dim, kv_width // head_dim, ffn_dim, head_dim=head_dim)
 
 
-def check_reward_model(path, tokenizer):
+def check_reward_model(path, tokenizer, policy_config):
     """What a reward model's files say, without its weights: whether they can be read, and mean what the tokenizer's
-    ids mean."""
+    ids mean. -> for how many tokens it has positions; where they do not say, as many as the policy."""
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no reward model: expected config.json, as --stage reward writes it")
     about = read_json(path / "config.json")
+    config = policy_config
     if is_adapter(path):
         read_adapter_config(path)
-    elif not isinstance(about, dict) or about.get("model_type") != "reward_model":       # (AlpacaFarm's says no sizes)
-        tokenizer.check_fits(hf_config(about, path).vocab_size, path)
+    elif isinstance(about, dict) and about.get("model_type") == "reward_model":          # (AlpacaFarm's says no sizes)
+        backbone = Path(about.get("backbone_model_name_or_path") or "-")
+        config = read_model_config(backbone) if is_model_folder(backbone) else config
+    else:
+        config = hf_config(about, path)
+        tokenizer.check_fits(config.vocab_size, path)
     if (path / "tokenizer.model").is_file():
         tokenizer.check_same(path / "tokenizer.model")
+    return config.max_seq_len
 
 
 def load_reward_adapter(path, about, trunk, adapter_name):

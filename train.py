@@ -44,8 +44,8 @@ from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, loa
 from eval import (Parser, accuracy_report, check_rows, evaluate, load_run, pair_accuracy, read_evaluation, report,
                   run_settings, score_pairs, summarise)
 from lora import add_lora, base_folder, lora_parameters, merge_lora
-from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, packed_weights, read_json, read_model_config,
-                   read_text, save_llama, write_json)
+from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, packed_weights, read_model_config, read_text,
+                   save_llama, write_json)
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards,
                  value_loss, whiten)
 from regularizers import EXACT, SAMPLED, sampled
@@ -110,7 +110,8 @@ class Config:
     reward_lora_rank: int = knob(8, "rank of the reward adapter (0: train all weights)", low=0)
     reward_lora_alpha: float = knob(64.0, "alpha of the reward adapter", low=0)
     reward_lora_dropout: float = knob(0.0, "dropout of the reward adapter", low=0)
-    reward_holdout: float = knob(0.1, "share of the instructions of --preference_data kept for the accuracy", low=0)
+    reward_holdout: float = knob(0.1, "share of the instructions of --preference_data kept for the accuracy "
+                                       "(one at least)", low=0)
 
     steps: int = knob(781, "PPO steps, one rollout batch each (781: 10 passes over AlpacaFarm's 20,001 prompts)", low=1)
     rollout_batch: int = knob(256, "responses per PPO step, over all processes", low=1)
@@ -181,6 +182,11 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at most 1")
         if self.seed >= 1 << 63:
             raise ValueError(f"--seed {self.seed} is too large: below 2^63")
+        for stage in ("sft", "reward"):
+            if not getattr(self, f"{stage}_epochs") and not getattr(self, f"{stage}_steps"):
+                raise ValueError(f"--{stage}_epochs 0 trains nothing: give a number above 0, or --{stage}_steps")
+        if 0 < self.eval_temperature < 1e-3:
+            raise ValueError(f"--eval_temperature {self.eval_temperature}: expected 0 (greedy), or at least 0.001")
         if not self.max_grad_norm:
             raise ValueError("--max_grad_norm 0 would make every gradient 0: give a large number for no clipping")
         if self.kl_target and (self.regularizer == "none" or self.kl_coef <= 0 or self.kl_horizon < self.rollout_batch):
@@ -540,9 +546,12 @@ class Stopper:
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def rest(self):
-        """Nothing is left that could be continued: signals do again what they did before."""
+        """Nothing is left that could be continued: signals do again what they did before; so does one that came since
+        the last step."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.signal:
+            signal.raise_signal(self.signal)
 
     def note(self, number, _):
         self.signal = number
@@ -955,7 +964,7 @@ def step_line(row, steps, eta):
 
 
 def ppo(run, inputs, device, stopper):
-    """PPO with LoRA: roll out, score, shape rewards, estimate advantages, update. Writes adapters, or models."""
+    """PPO with LoRA: roll out, score, shape rewards, estimate advantages, update. Writes the policy."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed)
     with mistakes_in_one_line():
@@ -1094,35 +1103,48 @@ def load_inputs(cfg, stages):
     tokenizer.check_fits(model_config.vocab_size, cfg.model or "the toy model")
     found = {"tokenizer": tokenizer, "banned_ids": tokenizer.banned_ids(model_config.vocab_size)}
     need = lambda name: getattr(cfg, name) or missing_setting(cfg, name)
-    check_earlier_stages(cfg, stages, tokenizer)
+    check_earlier_stages(cfg, stages)
+    positions = {"model": model_config.max_seq_len}
+    if cfg.reward:
+        positions["reward model"] = check_reward_model(cfg.reward, tokenizer, model_config)
     if {"sft", "reward"} & set(stages) and cfg.max_len > model_config.max_seq_len:
         raise ValueError(f"--max_len {cfg.max_len} exceeds the model's {model_config.max_seq_len} positions: lower it")
     if "sft" in stages:
-        found["examples"], cut = load_sft(need("sft_data"), tokenizer, cfg.max_len)
+        found["examples"], cut, left_out = load_sft(need("sft_data"), tokenizer, cfg.max_len)
         note(cut, f"demonstrations are longer than --max_len {cfg.max_len} and lose their tail")
+        note(left_out, f"demonstrations are left out: their prompts alone fill --max_len {cfg.max_len}")
         note(sum(len(e.response) == 1 for e in found["examples"]),
              "demonstrations have an empty output: they teach to say nothing")
     if "reward" in stages:
-        pairs, cut = load_preferences(need("preference_data"), tokenizer, cfg.max_len)
-        note(cut, f"pairs have an answer beyond --max_len {cfg.max_len} that loses its tail")
+        pairs = load_pairs(need("preference_data"), tokenizer, cfg.max_len)
         if cfg.preference_test:
-            found["pairs"], found["held_out"] = pairs, load_preferences(cfg.preference_test, tokenizer, cfg.max_len)[0]
+            found["pairs"], found["held_out"] = pairs, load_pairs(cfg.preference_test, tokenizer, cfg.max_len)
         else:
             found["pairs"], found["held_out"] = split_by_instruction(pairs, cfg.reward_holdout, cfg.seed)
     if "ppo" in stages:
         found["prompts"], _, dropped = load_prompts(need("prompts"), tokenizer, cfg.prompt_len)
         note(dropped, f"prompts are longer than --prompt_len {cfg.prompt_len} and are dropped")
-        if cfg.prompt_len + cfg.response_len > model_config.max_seq_len:
-            raise ValueError(f"--prompt_len {cfg.prompt_len} + --response_len {cfg.response_len} exceed the model's "
-                             f"{model_config.max_seq_len} positions: lower one of them")
+        for which, room in positions.items():
+            if cfg.prompt_len + cfg.response_len > room:
+                raise ValueError(f"--prompt_len {cfg.prompt_len} + --response_len {cfg.response_len} exceed the "
+                                 f"{which}'s {room} positions: lower one of them")
     if cfg.eval_data and {"ppo", "eval"} & set(stages):
-        rows = load_eval_rows(cfg.eval_data, tokenizer, model_config.max_seq_len - cfg.response_len, cfg.eval_drop_long)
+        room = min(positions.values()) - cfg.response_len
+        rows = load_eval_rows(cfg.eval_data, tokenizer, room, cfg.eval_drop_long)
         check_rows(rows, cfg.eval_data)
         found["eval_rows"] = rows
     return Inputs(**found)
 
 
-def check_earlier_stages(cfg, stages, tokenizer):
+def load_pairs(path, tokenizer, max_len):
+    """Comparisons from a file; say what was cut or left out."""
+    pairs, cut, left_out = load_preferences(path, tokenizer, max_len)
+    note(cut, f"pairs of {path} have an answer beyond --max_len {max_len} that loses its tail")
+    note(left_out, f"pairs of {path} are left out: their answers do not differ within --max_len {max_len}")
+    return pairs
+
+
+def check_earlier_stages(cfg, stages):
     """What a stage builds on, and is not made by this command, has to stand."""
     for stage in {"reward", "ppo"} & set(stages):
         if cfg.input_model(stage) != cfg.model and "sft" not in stages:
@@ -1132,8 +1154,6 @@ def check_earlier_stages(cfg, stages, tokenizer):
             missing_setting(cfg, "reward")
         if not cfg.reward:
             require_finished(cfg.reward_path(), "reward")
-        else:
-            check_reward_model(cfg.reward, tokenizer)
 
 
 def require_finished(folder, stage):

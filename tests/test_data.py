@@ -180,15 +180,15 @@ def test_sft_rows_become_prompt_and_answer_with_eos(small, tmp_path):
     tokenizer = Tokenizer(small)
     file = write(tmp_path / "sft.json", [{"instruction": "Name a city.", "input": "", "output": "Paris"},
                                          {"instruction": "Translate.", "input": "red", "output": "rouge"}])
-    examples, cut = load_sft(file, tokenizer, 512)
-    assert cut == 0 and len(examples) == 2
+    examples, cut, left_out = load_sft(file, tokenizer, 512)
+    assert cut == left_out == 0 and len(examples) == 2
     assert tokenizer.decode(examples[0].prompt + examples[0].response) == format_prompt("Name a city.") + "Paris"
     assert tokenizer.decode(examples[1].prompt + examples[1].response) == format_prompt("Translate.", "red") + "rouge"
     for e in examples:
         assert e.prompt[0] == 1 and e.prompt.count(1) == 1 and e.response[-1] == 2 and e.response.count(2) == 1
     room = len(examples[0].prompt) + 1
-    shorter, cut = load_sft(file, tokenizer, room)
-    assert cut == 2 and [e.response for e in shorter] == [examples[0].response[:1]]      # the other prompt alone is too long
+    shorter, cut, left_out = load_sft(file, tokenizer, room)
+    assert cut == left_out == 1 and [e.response for e in shorter] == [examples[0].response[:1]]      # the other prompt alone is too long
 
 
 def test_a_preference_names_the_better_output(small, tmp_path):
@@ -197,9 +197,9 @@ def test_a_preference_names_the_better_output(small, tmp_path):
     rows = [{"instruction": "Name a city.", "input": "", "output_1": "Paris", "output_2": "red", "preference": 1},
             {"instruction": "Name a city.", "input": "", "output_1": "Paris", "output_2": "red", "preference": 2},
             {"instruction": "Name a city.", "chosen": "blue", "rejected": "green"}]
-    pairs, cut = load_preferences(write(tmp_path / "preference.json", rows), tokenizer, 512)
+    pairs, cut, left_out = load_preferences(write(tmp_path / "preference.json", rows), tokenizer, 512)
     texts = [(tokenizer.decode_response(p.chosen), tokenizer.decode_response(p.rejected)) for p in pairs]
-    assert texts == [("Paris", "red"), ("red", "Paris"), ("blue", "green")] and cut == 0
+    assert texts == [("Paris", "red"), ("red", "Paris"), ("blue", "green")] and cut == left_out == 0
     assert all(tokenizer.decode(p.prompt) == format_prompt("Name a city.") for p in pairs)
     assert all(p.chosen[-1] == p.rejected[-1] == 2 for p in pairs)
 
@@ -247,7 +247,7 @@ def test_json_lines_may_hold_unicode_line_separators(small, tmp_path):
     """U+2028 is a character of a text, not the end of a line of the file."""
     rows = [{"instruction": "Name a city.", "output": "a\u2028b"}, {"instruction": "Name a city.", "output": "c"}]
     (tmp_path / "sft.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n", encoding="utf-8")
-    examples, _ = load_sft(tmp_path / "sft.jsonl", Tokenizer(small), 512)
+    examples, _, _ = load_sft(tmp_path / "sft.jsonl", Tokenizer(small), 512)
     assert [Tokenizer(small).decode_response(e.response) for e in examples] == ["a\u2028b", "c"]
 
 
@@ -257,17 +257,17 @@ def test_alpacafarms_own_rows_are_read():
         pytest.skip("../shared/real is not here")
     tokenizer = Tokenizer(REAL / "llama_tokenizer" / "tokenizer.model")
     rows = json.loads((REAL / "sft.json").read_text())
-    examples, cut = load_sft(REAL / "sft.json", tokenizer, 100_000)
-    assert cut == 0 and len(examples) == len(rows) == 1100
+    examples, cut, left_out = load_sft(REAL / "sft.json", tokenizer, 100_000)
+    assert cut == left_out == 0 and len(examples) == len(rows) == 1100
     for row, e in zip(rows, examples):
         assert tokenizer.decode(e.prompt + e.response) == format_prompt(row["instruction"], row["input"]) + row["output"]
     rows = json.loads((REAL / "preferences.json").read_text())
-    pairs, cut = load_preferences(REAL / "preferences.json", tokenizer, 100_000)
+    pairs, cut, left_out = load_preferences(REAL / "preferences.json", tokenizer, 100_000)
     assert cut == 0
     for p in pairs:
         better = p.row[f"output_{p.row['preference']}"]
         assert tokenizer.decode(p.prompt + p.chosen) == format_prompt(p.row["instruction"], p.row["input"]) + better
-    assert len(pairs) == sum(row["output_1"] != row["output_2"] for row in rows)
+    assert len(pairs) == len(rows) - left_out == sum(row["output_1"] != row["output_2"] for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ batching

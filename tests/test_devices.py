@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import train
 from conftest import GPUS, ROOT
 from data import Tokenizer
-from model import generate, load_llama
+from model import Recorded, generate, load_llama
 from reward import build_models
 
 PLACE = torch.device("meta")
@@ -186,12 +186,28 @@ def test_a_gpu_runs_ppo(tiny, tmp_path, reward, flags):
     assert printed.count("step ") == 3 and (tmp_path / "out" / "policy" / "adapter_model.safetensors").is_file()
 
 
+def test_a_step_is_recorded_on_the_gpu_of_its_model(monkeypatch):
+    """Which need not be the current one: on another GPU's stream the recording would be empty, and its replay do nothing.
+    (torch's classes are stood in for; the next test records for real.)"""
+    device, log = torch.device("cuda:1"), []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None, stream=None, capture_error_mode="global":
+                        log.append(getattr(stream, "device", None)) or contextlib.nullcontext())
+    step = Recorded(lambda: log.append("step"), device)
+    for _ in range(3):
+        step(8, 64)
+    assert log == ["step", device, "step", "replay", "replay"]
+
+
 RECORDED = """
 from model import Llama, generate, load_llama
 prompts, limits = [[1] + [5 + i] * (1 + i % 4) for i in range(24)], [1 + (17 * i) % 90 for i in range(24)]
 replay, replays = torch.cuda.CUDAGraph.replay, []
 torch.cuda.CUDAGraph.replay = lambda graph: replays.append(graph) or replay(graph)
-for Llama.cuda_graphs, device in ((True, "cuda"), (False, "cuda"), (True, "cpu")):
+last = f"cuda:{torch.cuda.device_count() - 1}"      # (with several GPUs not the current one)
+for Llama.cuda_graphs, device in ((True, last), (False, last), (True, "cpu")):
     print(len(replays), *generate(load_llama(sys.argv[1], device), prompts, 90, seed=3, eos_id=-1, batch_size=8, limits=limits))
 """
 

@@ -366,6 +366,15 @@ def test_an_interrupted_export_continues_and_ends_the_same(tiny, tmp_path, one_p
     assert [list(c) for c in calls] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8, 9]] and not part.exists()
 
 
+@pytest.mark.parametrize("left", ["", "KEY", "KEY\n", 'KEY\n"half an ans', "K"])
+def test_an_export_that_was_cut_off_before_its_first_answer_begins_anew(tmp_path, left):
+    """A full disk, or a signal in the first write: a key without answers, or half of it. Were the key written behind it
+    once more, all answers would be those of the row before."""
+    part, key = tmp_path / "out.json.part", 12345
+    part.write_text(left.replace("KEY", str(key)).replace("K", "12"))
+    assert evaluation.read_part(part, key) == [] and not part.exists()
+
+
 def test_presets_decode_as_their_papers_do(tiny, tmp_path, one_process, monkeypatch):
     """alpacafarm: 0.7, 300 tokens; alpacaeval: 0.7, top-p 1, 2048; paper: greedy, 512. A row's answer ends where the model's
     positions do: the tiny one has 128."""

@@ -667,6 +667,14 @@ def test_chunked_logprobs_keep_no_logits_for_the_backward_pass(trains):
     assert logprobs.requires_grad and sum(kept) < 256 * 512 / 4
 
 
+def test_an_adapter_on_the_output_layer_is_refused_where_logprobs_are_taken():
+    """Recomputed chunks would run without it. The targets are the user's, so the line says what is and what may be."""
+    model = Llama(LlamaConfig(vocab_size=30, dim=16, n_layers=1, n_heads=2, ffn_dim=24))
+    add_lora(model, "policy", 2, 4, targets=("output",))
+    with pytest.raises(ValueError, match="the output layer is a LoRALinear, expected a plain linear layer"):
+        response_logprobs(model.output, torch.randn(3, 16), torch.tensor([1, 2, 3]))
+
+
 # ------------------------------------------------------------------------------------------------------------ sampler
 
 def model_that_says(probs):

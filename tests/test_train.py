@@ -203,6 +203,15 @@ def test_a_signal_that_comes_while_the_processes_agree_counts_the_next_time(monk
     assert stopper.asked("cpu") and stopper.signal == signal.SIGTERM
 
 
+@pytest.mark.parametrize("number, ends_with", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)])
+def test_a_signal_that_comes_after_the_last_step_is_not_lost(number, ends_with):
+    """While the result is being written a signal is only noted; once that is done it does what it does to any program."""
+    program = f"import os, train\nstopper = train.Stopper()\nos.kill(os.getpid(), {int(number)})\nprint('written', flush=True)\n" \
+              "try:\n    stopper.rest()\nexcept KeyboardInterrupt:\n    raise SystemExit(1)\nprint('evaluated')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (ends_with, "written\n"), done.stderr
+
+
 def test_a_half_written_record_is_cut_at_the_checkpoint(tmp_path):
     """A kill can leave lines that are later than the checkpoint, and half a line: both go, or steps would appear twice."""
     path = tmp_path / "metrics.jsonl"
@@ -624,6 +633,9 @@ BAD_INPUT = [
     (["--paper_compat=reuse_minibatch"], {}, "4 is not a multiple of 8"),
     (["--stage=nothing"], {}, "invalid choice|not one of"),
     (["--lora_dropout=1"], {}, "below 1"),
+    (["--eval_temperature=0.0005"], {}, "--eval_temperature 0.0005: expected 0 .greedy., or at least 0.001"),
+    (["--sft_epochs=0"], {}, "--sft_epochs 0 trains nothing"),
+    (["--reward_epochs=0"], {}, "--reward_epochs 0 trains nothing"),
     (["--prompts=DIR/none.json"], {}, "no data file at .*none.json"),
     (["--prompts=DIR/a.json"], {"a.json": ""}, "a.json, line 1: broken JSON"),
     (["--prompts=DIR/a.json"], {"a.json": '[\n{"instruction": "x"},\n{"instruction" "y"}\n]'}, "a.json, line 3: broken JSON"),
@@ -764,6 +776,45 @@ def test_a_reward_model_that_knows_other_words_is_refused(tiny, tmp_path, capsys
             with pytest.raises(SystemExit) as stop:
                 train.main(flags)
             assert stop.value.code == code and re.search("id 12 is .*speaks' in .*speakz' in", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_reward_model_with_fewer_positions_than_the_policy_sets_the_limit(tiny, tmp_path, capsys, released):
+    """It reads prompt and response, as the critic does. Its own config.json says how many, or, as AlpacaFarm's released
+    model has it, that of its backbone."""
+    shutil.copytree(tiny / "reward", tmp_path / "reward")
+    about = json.loads((tiny / "reward" / "config.json").read_text()) | {"max_position_embeddings": 64}
+    file = tmp_path / "reward" / "config.json"
+    if released:
+        (tmp_path / "backbone").mkdir()
+        file.write_text(json.dumps({"model_type": "reward_model", "backbone_model_name_or_path": str(tmp_path / "backbone")}))
+        file = tmp_path / "backbone" / "config.json"
+    file.write_text(json.dumps(about))
+    flags = [*ppo_flags(tiny, tmp_path / "out"), f"--reward={tmp_path / 'reward'}", "--dry_run", "--prompt_len=60"]
+    train.main([*flags, "--response_len=4"])
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--response_len=5"])
+    assert "--prompt_len 60 + --response_len 5 exceed the reward model's 64 positions" in capsys.readouterr().err
+    (tmp_path / "rows.json").write_text(json.dumps([ROW | {"instruction": "Who? " * 20}]))
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--response_len=4", f"--eval_data={tmp_path / 'rows.json'}"])
+    assert "1 of 1 prompts are longer than the 60 tokens" in capsys.readouterr().err
+
+
+def test_rows_that_are_cut_or_left_out_are_counted_aloud(tiny, tmp_path, capsys):
+    """Of the test file as of the training file: an accuracy over half the pairs would be another number."""
+    (tmp_path / "pairs.json").write_text(json.dumps([PAIR, PAIR | {"output_2": "Me."}, PAIR | {"output_2": "Me. " * 40}]))
+    (tmp_path / "test.json").write_text(json.dumps([PAIR, PAIR, PAIR | {"output_1": "You."}]))
+    (tmp_path / "sft.json").write_text(json.dumps([ROW, ROW | {"instruction": "Who? " * 60}]))
+    shared = [f"--model={tiny / 'sft'}", f"--out={tmp_path / 'out'}", "--max_len=90", "--dry_run"]
+    train.main([*shared, "--stage=reward", f"--preference_data={tmp_path / 'pairs.json'}", f"--preference_test={tmp_path / 'test.json'}"])
+    train.main([*shared, "--stage=sft", f"--sft_data={tmp_path / 'sft.json'}"])
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert notes == [
+        f"note: 1 pairs of {tmp_path / 'pairs.json'} have an answer beyond --max_len 90 that loses its tail",
+        f"note: 1 pairs of {tmp_path / 'pairs.json'} are left out: their answers do not differ within --max_len 90",
+        f"note: 1 pairs of {tmp_path / 'test.json'} are left out: their answers do not differ within --max_len 90",
+        "note: 1 demonstrations are left out: their prompts alone fill --max_len 90"]
 
 
 def test_a_stage_made_from_an_older_one_is_not_taken_for_finished(tmp_path, capsys):
