@@ -75,8 +75,15 @@ class LlamaConfig:
 
 # ---------------------------------------------------------------------------------------------------------- layers
 
+def normalised(x, eps):
+    """r x with r = 1 / sqrt(mean(x^2) + eps), in float32 -> r x, r"""
+    y = x.float()
+    r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * r).to(x.dtype), r
+
+
 class Normalise(torch.autograd.Function):
-    """r x with r = 1 / sqrt(mean(x^2) + eps), in float32; its gradient in one go, with the mean over the width D:
+    """`normalised`, with its gradient in one go, and with the mean over the width D:
 
         d(r x_i)/dx_j = r (i = j) - r^3 x_i x_j / D        so        dx = r (g - r^2 x mean(g x))
 
@@ -85,10 +92,9 @@ class Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, eps):
-        y = x.float()
-        r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        y, r = normalised(x, eps)
         ctx.save_for_backward(x, r)
-        return (y * r).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -109,7 +115,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if x.device.type != "cpu":
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)       # one kernel each way, not eight
-        return self.weight * Normalise.apply(x, self.eps)
+        return self.weight * (Normalise.apply(x, self.eps) if torch.is_grad_enabled() else normalised(x, self.eps)[0])
 
 
 def rope_angles(positions, head_dim, theta):
@@ -285,13 +291,18 @@ class Attention(nn.Module):
         return self.wo(at(out.transpose(1, 2).flatten(2), read))
 
 
+def gated(a, b):
+    """silu(a) b"""
+    return F.silu(a).mul_(b)
+
+
 class Gate(torch.autograd.Function):
-    """silu(a) b, of which only a and b are kept: the backward makes silu(a) again."""
+    """`gated`, of which only a and b are kept: the backward makes silu(a) again."""
 
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a, b)
-        return F.silu(a).mul_(b)
+        return gated(a, b)
 
     @staticmethod
     def backward(ctx, grad):
@@ -316,7 +327,8 @@ class FeedForward(nn.Module):
         return torch.cat([self.swiglu(some) for some in rows.split(1024)]).view_as(x)
 
     def swiglu(self, x):
-        return self.w2(Gate.apply(self.w1(x), self.w3(x)))
+        gate = Gate.apply if torch.is_grad_enabled() else gated
+        return self.w2(gate(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
