@@ -1254,7 +1254,11 @@ def layouts(cfg, stage, config, dtype, r, device, longest=0):
         return
     rows = min(cfg.generate_batch or cfg.rollout_batch, cfg.rollout_batch // world_size())
     kept_in = torch.float32 if device == "cpu" and r else dtype                             # (model.attention_dtype)
-    cache = {"KV cache while sampling": kv_cache_bytes(config, kept_in, rows, max(length, longest)),
+    length = max(length, longest)
+    cache = {"KV cache while sampling": kv_cache_bytes(config, kept_in, rows, length),
+             # at one time ten rows of width D: the stream, its norm, and q, k, v thrice or SwiGLU's three of width 8/3 D
+             "prompts' activations while sampling": rows * (length - cfg.response_len) * 10 * config.dim
+                                                    * kept_in.itemsize,
              # with their probabilities and cumulative sums, which are float64 on a GPU (model.sample)
              "logits while sampling": rows * config.vocab_size * (16 if device == "cpu" else 24)}
     both = [("one trunk", [(True, dtype)]), ("two trunks", [(True, dtype), (False, dtype)])]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import model as model_module
 import train
 from data import Example, Tokenizer, format_prompt, pack
 from lora import adapter, add_lora, lora_parameters
@@ -928,6 +932,47 @@ def test_the_cache_takes_what_the_estimate_says(dtype, one_process):
     with torch.no_grad():
         prefill(Llama(config).to(dtype), [[1] * 8] * 4, cache, torch.arange(4))
     assert memory["KV cache while sampling"] == sum(x.untyped_storage().nbytes() for x in (*cache.k, *cache.v))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that still exist, and the most that there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.held:
+                self.held.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+        return out
+
+    def drop(self, key, size):
+        self.held.remove(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(), LlamaConfig(49152, 576, 30, 9, 3, 1536)], ids=["7B", "135M"])
+def test_reading_the_prompts_takes_what_the_estimate_says(config, monkeypatch):
+    """8 prompts of 192 tokens go through a model in bfloat16 as on a GPU, on tensors without storage: what exists at one
+    time beside the cache. (Attention's kernel keeps nothing but its result.)"""
+    monkeypatch.setattr(model_module, "attend", lambda q, k, v, mask=None: torch.empty_like(q))
+    monkeypatch.setattr(model_module, "attention_dtype", lambda x: x.dtype)
+    flags = ["--model=x", "--stage=ppo", "--rollout_batch=8", "--minibatch=8", "--prompt_len=192", "--response_len=8"]
+    _, _, memory = next(train.layouts(train.parse(flags), "ppo", config, torch.bfloat16, 8, "cuda"))
+    with torch.device("meta"), torch.inference_mode():
+        model, tokens, rows = Llama(config).to(torch.bfloat16), torch.zeros(8, 192, dtype=torch.int64), torch.arange(8)
+        cache = KVCache(8, 200, "meta")
+        cache.prompts_of = rows
+        with Live() as live:
+            model.hidden(tokens, cache, 192 * rows + 191)
+    cached = sum(x.untyped_storage().nbytes() for x in (*cache.k, *cache.v))
+    assert memory["KV cache while sampling"] == cached
+    assert memory["prompts' activations while sampling"] == pytest.approx(live.most - cached, rel=0.15)
 
 
 def test_what_autograd_keeps_is_what_the_estimate_says(one_process):
