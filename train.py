@@ -1256,7 +1256,7 @@ def layouts(cfg, stage, config, dtype, r, device, longest=0):
     kept_in = torch.float32 if device == "cpu" and r else dtype                             # (model.attention_dtype)
     length = max(length, longest)
     cache = {"KV cache while sampling": kv_cache_bytes(config, kept_in, rows, length),
-             # at one time ten rows of width D: the stream, its norm, and q, k, v thrice or SwiGLU's three of width 8/3 D
+             # at one time about ten rows of width D: the stream, its norm; q, k, v thrice, or three of SwiGLU's
              "prompts' activations while sampling": rows * (length - cfg.response_len) * 10 * config.dim
                                                     * kept_in.itemsize,
              # with their probabilities and cumulative sums, which are float64 on a GPU (model.sample)
