@@ -115,6 +115,12 @@ def decoding_bytes(size, s, dtype):
     return itemsize * ((s["new"] - 1) * (block + head) + 2 * layers * (dim * kv // heads) * seen)
 
 
+def set_batch(rows):
+    """Give all jobs so many rows at a time (0: leave each its own)."""
+    for shape in (*SHAPES.values(), *SHAPES_7B.values()):
+        shape["batch"] = rows or shape["batch"]
+
+
 def response_lengths(job, s, processes):
     """New tokens of each row of one process: all the same, or geometric with a third of the maximum as mean,
     cut there."""
@@ -452,7 +458,8 @@ class Program:
             port = s.getsockname()[1]
         dtype = args.peer_dtype or args.dtype if side == "peer" else args.dtype
         command = [python, str(Path(__file__).resolve()), "--worker", f"--side={side}", f"--job={job}",
-                   f"--size={size}", f"--processes={processes}", f"--dtype={dtype}", f"--threads={args.threads}"]
+                   f"--size={size}", f"--processes={processes}", f"--dtype={dtype}", f"--threads={args.threads}",
+                   f"--batch={args.batch}"]
         command += ["--checkpointing"] * args.checkpointing + ["--one_trunk"] * bool(args.one_trunk)
         self.log = (open(Path(args.logs) / f"{side}-{job}-{size}-{processes}.log", "w") if args.logs
                     else subprocess.DEVNULL)
@@ -546,9 +553,9 @@ def growth(args):
     for job, key in (("generate", "new"), ("update", "length")):
         print(f"\n{job}, size S: batch, microseconds per token, MiB")
         for batch in (1, 4, 16, 64):
-            SHAPES[job]["batch"] = batch
-            os.environ["BENCHMARK_BATCH"] = str(batch)
-            ours, _ = compare(job, "S", 1, argparse.Namespace(**vars(args) | {"peers": False, "repetitions": 3}))
+            set_batch(batch)
+            more = {"peers": False, "repetitions": 3, "batch": batch}
+            ours, _ = compare(job, "S", 1, argparse.Namespace(**vars(args) | more))
             tokens = batch * SHAPES[job][key]
             seconds = statistics.median(o["seconds"] for o in ours)
             print(f"{batch:6}{1e6 * seconds / tokens:12.0f}{max(o['peak'] for o in ours) / 2 ** 20:12,.0f}", flush=True)
@@ -564,6 +571,7 @@ def main():
     parser.add_argument("--warm_up", type=int, default=1)
     parser.add_argument("--row_seconds", type=float, default=90 if CUDA else float("inf"),
                         help="no further repetition of a row after so long (there is one at least)")
+    parser.add_argument("--batch", type=int, default=0, help="rows at a time, over all processes (0: each job's own)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a single process; of two, each has one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if CUDA else "float32")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=CUDA,
@@ -582,6 +590,7 @@ def main():
         Path(args.logs).mkdir(parents=True, exist_ok=True)
     if args.growth:
         return growth(args)
+    set_batch(args.batch)
     few = f", fewer after {args.row_seconds:.0f} s" if math.isfinite(args.row_seconds) else ""
     print(f"torch {torch.__version__}, {args.dtype}"
           f"{f' beside {args.peer_dtype}' if args.peer_dtype else ''}, "
@@ -606,13 +615,12 @@ if __name__ == "__main__":
         worker = argparse.ArgumentParser()
         for name in ("side", "job", "size", "dtype"):
             worker.add_argument(f"--{name}")
-        for name in ("processes", "threads"):
+        for name in ("processes", "threads", "batch"):
             worker.add_argument(f"--{name}", type=int)
         for name in ("worker", "checkpointing", "one_trunk"):
             worker.add_argument(f"--{name}", action="store_true")
-        if os.environ.get("BENCHMARK_BATCH"):
-            for shape in SHAPES.values():
-                shape["batch"] = int(os.environ["BENCHMARK_BATCH"])
-        work(worker.parse_args())
+        worker = worker.parse_args()
+        set_batch(worker.batch)
+        work(worker)
     else:
         main()
