@@ -165,7 +165,7 @@ def score_pairs(model, pairs, eos_id, micro_batch):
     chosen, rejected = (score_responses(model, prompts, answers, eos_id, micro_batch).tolist()
                         for answers in ([p.chosen for p in pairs], [p.rejected for p in pairs]))
     return [{"chosen": c, "rejected": r, "chosen_tokens": len(p.chosen), "rejected_tokens": len(p.rejected),
-             "flaw": p.row.get("flaw", "")} for p, c, r in zip(pairs, chosen, rejected)]
+             "flaw": str(p.row.get("flaw") or "")} for p, c, r in zip(pairs, chosen, rejected)]
 
 
 def pair_accuracy(scored):

@@ -29,7 +29,7 @@ import os
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -701,6 +701,13 @@ def make_room(model, prompts, cache, x, row, count, done, waiting):
     return x, row, count, done, waiting + len(fresh)
 
 
+@lru_cache
+def recording_stream(device):
+    """The stream on which a GPU's recordings are made. One for all of them, since cuBLAS keeps memory for each stream;
+    but one for each GPU: torch's own is on the GPU that was current first, where it records nothing of another's."""
+    return torch.cuda.Stream(device)
+
+
 class Recorded:
     """A step without arguments, on tensors that stay where they are. On a GPU it is recorded when its shapes come for
     the second time, and replayed from then on: a thousand kernels started by one call instead of one by one. What is
@@ -711,8 +718,7 @@ class Recorded:
         # (autocast keeps casts of its own, which a recording would not find again)
         self.able = Llama.cuda_graphs and device.type == "cuda" and not torch.is_autocast_enabled("cuda")
         self.pool = torch.cuda.graph_pool_handle() if self.able else None
-        # (torch's own stream for recordings is one for the process, and on one GPU)
-        self.stream = torch.cuda.Stream(device) if self.able else None
+        self.stream = recording_stream(device) if self.able else None
 
     def __call__(self, *shapes):
         if not self.able:

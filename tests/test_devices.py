@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import train
 from conftest import GPUS, ROOT
 from data import Tokenizer
-from model import Recorded, generate, load_llama
+from model import Recorded, generate, load_llama, recording_stream
 from reward import build_models
 
 PLACE = torch.device("meta")
@@ -195,10 +195,13 @@ def test_a_step_is_recorded_on_the_gpu_of_its_model(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: SimpleNamespace(device=device))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None, stream=None, capture_error_mode="global":
                         log.append(getattr(stream, "device", None)) or contextlib.nullcontext())
-    step = Recorded(lambda: log.append("step"), device)
+    recording_stream.cache_clear()
+    step, again, other = (Recorded(lambda: log.append("step"), torch.device(d)) for d in ("cuda:1", "cuda:1", "cuda:0"))
     for _ in range(3):
         step(8, 64)
     assert log == ["step", device, "step", "replay", "replay"]
+    assert step.stream is again.stream is not other.stream           # cuBLAS keeps memory for each stream
+    recording_stream.cache_clear()
 
 
 RECORDED = """
