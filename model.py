@@ -834,7 +834,12 @@ def is_meta_folder(path):
 def read_model_config(path):
     """LlamaConfig of a model folder, without reading its weights."""
     path = Path(path)
-    return meta_config(path)[0] if is_meta_folder(path) else hf_config(read_json(path / "config.json"), path)
+    if is_meta_folder(path):
+        return meta_config(path)[0]
+    about = read_json(path / "config.json")
+    if isinstance(about, dict) and "LlamaRewardModel" in (about.get("architectures") or ()):
+        raise ValueError(f"{path} is a reward model, which predicts no tokens: expected a language model")
+    return hf_config(about, path)
 
 
 def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):

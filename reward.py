@@ -359,6 +359,8 @@ def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None, adapt
     if is_adapter(path):
         return load_reward_adapter(path, about, trunk, adapter_name)
     readers = {reward_name(k): read for k, read in hf_tensors(path).items() if "lm_head" not in k}
+    if "head.weight" not in readers:
+        raise ValueError(f"{path} has no tensor reward_head.weight: is it a language model? Expected a reward model")
     config = (backbone_config(path, about, readers, trunk) if about.get("model_type") == "reward_model"
               else hf_config(about, path))
     model = RewardModel(empty_llama(config, device, dtype, lm_head=False), score_eos=about.get("score_eos", False))

@@ -782,6 +782,17 @@ def test_a_reward_model_that_knows_other_words_is_refused(tiny, tmp_path, capsys
             assert stop.value.code == code and re.search("id 12 is .*speaks' in .*speakz' in", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("flags, message", [(["--reward=TINY/sft"], "sft has no tensor reward_head.weight: is it a language model"),
+                                            (["--model=TINY/reward"], "reward is a reward model, which predicts no tokens")])
+def test_policy_and_reward_model_taken_for_each_other_are_one_line(tiny, tmp_path, capsys, flags, message):
+    """Swapped flags: the line says what the folder is, not which of its tensors has an odd name."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(ppo_flags(tiny, tmp_path / "out") + [f.replace("TINY", str(tiny)) for f in flags])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_a_reward_model_with_fewer_positions_than_the_policy_sets_the_limit(tiny, tmp_path, capsys, released):
     """It reads prompt and response, as the critic does. Its own config.json says how many, or, as AlpacaFarm's released
