@@ -257,9 +257,9 @@ def evaluate(net, reward_model, tokenizer, rows, row_ids, max_new_tokens, temper
     prompts = [row["prompt"] for row in rows]
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=f"{seed} evaluation", row_ids=row_ids,
                     batch_size=generate_batch)
-    room = min(net.policy.config.max_seq_len, reward_model.trunk.config.max_seq_len)
     answers = {"after": answer(net, prompts, tokenizer, **settings)}
     if not earlier:
+        room = min(net.policy.config.max_seq_len, reward_model.trunk.config.max_seq_len)
         answers |= {"reference": [tokenizer.encode_response(row["output"])[:room - len(row["prompt"])] for row in rows],
                     "before": answer(net, prompts, tokenizer, trained=False, **settings)}
     after = assess(net, reward_model, prompts, answers["after"], tokenizer.eos_id, micro_batch)
