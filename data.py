@@ -17,7 +17,6 @@ Decisions:
    expect. So decode(prompt ids + response ids) is exactly the text.
 3. Nothing is re-tokenised later: what was sampled as ids is scored as ids.
 """
-import json
 import math
 import random
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from model import pad_right, read_json, read_text
+from model import pad_right, parse_json, read_json, read_text
 
 PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
                 "Write a response that appropriately completes the request.\n\n"
@@ -117,12 +116,8 @@ def read_rows(path):
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path}")
     if path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(read_text(path).split("\n"), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}, line {number}: broken JSON ({e.msg})") from None
+        lines = enumerate(read_text(path).split("\n"), 1)
+        rows = [parse_json(line, path, number) for number, line in lines if line.strip()]
     else:
         rows = read_json(path)
     if not isinstance(rows, list) or not rows:

@@ -861,13 +861,21 @@ def read_text(path):
 
 def read_json(path):
     """A JSON file's content; a ValueError that names file and line if it is broken."""
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text, path, line=None):
+    """The content of a JSON file, or of one line of a file of JSON lines; a ValueError that names it if it is broken."""
+    where = f"{path}, line {line}" if line else path
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as e:
-        lines = "; JSON lines? then its name must end in .jsonl" if e.msg == "Extra data" else ""
-        raise ValueError(f"{path}, line {e.lineno}: broken JSON ({e.msg}{lines})") from None
+        lines = "; JSON lines? then its name must end in .jsonl" if e.msg == "Extra data" and not line else ""
+        raise ValueError(f"{path}, line {line or e.lineno}: broken JSON ({e.msg}{lines})") from None
     except RecursionError:
-        raise ValueError(f"{path}: JSON nested too deeply") from None
+        raise ValueError(f"{where}: JSON nested too deeply") from None
+    except ValueError as e:                                          # a number of more than 4,300 digits
+        raise ValueError(f"{where}: JSON that Python does not read ({e})") from None
 
 
 def hf_config(raw, path):
