@@ -865,7 +865,7 @@ def read_json(path):
 
 
 def parse_json(text, path, line=None):
-    """The content of a JSON file, or of one line of a file of JSON lines; a ValueError that names it if it is broken."""
+    """What a JSON text says: a file, or one line of a file of JSON lines; a ValueError names it if it is broken."""
     where = f"{path}, line {line}" if line else path
     try:
         return json.loads(text)
