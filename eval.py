@@ -233,8 +233,19 @@ def load_run(folder, device="cpu", dtype=torch.float32):
     model, reward = folder / run["model"], folder / run["reward"]
     banned_ids = tokenizer.banned_ids(read_model_config(base_folder(model)).vocab_size)
     net, reward_model = build_models(model, reward, device, dtype, banned_ids, run["lora_rank"], run["lora_alpha"])
+    check_trunks(folder, model=net.ref or net.policy, reward=reward_model.trunk)
     load_policy(net, folder / "policy")
     return net.eval(), reward_model.eval(), tokenizer
+
+
+def check_trunks(folder, **trunks):
+    """ValueError if a finished run was trained on other weights than those that its inputs hold now."""
+    about = read_json(folder / "finished.json") if (folder / "finished.json").is_file() else {}
+    known = about.get("trunks") if isinstance(about, dict) else None
+    for name, before in zip(("model", "reward"), known or []):
+        if name in trunks and fingerprint(trunks[name]) != before:
+            raise ValueError(f"{folder} was trained with other weights than its --{name}, "
+                             f"{ppo_settings(folder)[name]!r} from there, holds now: run its ppo stage again (--redo ppo)")
 
 
 def answer(net, prompts, tokenizer, trained=True, **settings):
@@ -709,6 +720,8 @@ def load_answering(path, adapter_path=None, alpha=None, tokenizer=None, device="
                                              if (p / "tokenizer.model").is_file()),
                                             path / "tokenizer.model"))
     model = load_trunk(base, device, dtype)
+    if run.get("lora_rank"):
+        check_trunks(path, model=model)
     tokenizer.check_fits(model.config.vocab_size, base)
     if adapter_path:
         load_lora(model, "policy", adapter_path, alpha)

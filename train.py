@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -35,6 +36,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None                  # (Windows)
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -44,8 +50,8 @@ from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, loa
 from eval import (Parser, accuracy_report, check_rows, evaluate, load_run, pair_accuracy, read_evaluation, report,
                   run_settings, score_pairs, summarise)
 from lora import add_lora, base_folder, lora_parameters, merge_lora
-from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, packed_weights, read_model_config, read_text,
-                   save_llama, write_json)
+from model import (Llama, LlamaConfig, fingerprint, generate, keyed_seed, packed_weights, read_json, read_model_config,
+                   read_text, save_llama, write_json)
 from ppo import (adapt_kl_coef, explained_variance, gae, join_rollouts, masked_mean, policy_loss, shape_rewards,
                  value_loss, whiten)
 from regularizers import EXACT, SAMPLED, sampled
@@ -60,9 +66,13 @@ HERE = os.path.relpath(Path(__file__).resolve().parent)
 
 # -------------------------------------------------------------------------------------------------------- settings
 
-def knob(default, help, low=None, choices=None):
-    """A setting: its default, what it means and in which unit, its smallest value or its choices."""
-    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
+LARGEST = {int: 2 ** 31 - 1, float: 1e30}      # of a setting: what float32 and torch's shapes hold
+
+
+def knob(default, help, low=None, choices=None, high=None):
+    """A setting: its default, what it means and in which unit, its smallest and largest value or its choices."""
+    high = LARGEST.get(type(default)) if high is None else high
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Config:
     out: str = knob("runs/default", "run folder; the same command continues what is in it")
     redo: str = knob("", "set the results of this stage, and of those that build on it, aside, and run it again",
                      choices=("", *STAGES, "eval"))
-    seed: int = knob(0, "seed of everything random", low=0)
+    seed: int = knob(0, "seed of everything random", low=0, high=2 ** 63 - 1)
     dtype: str = knob("auto", "of frozen weights; auto is float32 on a CPU and bfloat16 on a GPU (a CPU without "
                               "bfloat16 of its own, AVX-512 BF16 or AMX, is far slower in it)",
                       choices=("auto", "float32", "bfloat16"))
@@ -157,10 +167,14 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
-            if low is not None and not low <= value < math.inf or f.type is float and not math.isfinite(value):
-                raise ValueError(f"--{f.name} {value} is below {low}"
-                                 if value < (low or 0) else f"--{f.name} {value} is not a finite number")
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            low, high = f.metadata["low"], f.metadata["high"]
+            if f.type is float and not math.isfinite(value):
+                raise ValueError(f"--{f.name} {value} is not a finite number")
+            if low is not None and value < low:
+                raise ValueError(f"--{f.name} {value} is below {low}")
+            if f.type in LARGEST and abs(value) > high:
+                raise ValueError(f"--{f.name} {value} is too large: at most {high}")
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value!r} is not one of {', '.join(filter(None, choices))}")
         if self.rollout_batch % self.minibatch:
@@ -180,13 +194,14 @@ class Config:
         for name in ("gamma", "lam"):
             if getattr(self, name) > 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at most 1")
-        if self.seed >= 1 << 63:
-            raise ValueError(f"--seed {self.seed} is too large: below 2^63")
         for stage in ("sft", "reward"):
             if not getattr(self, f"{stage}_epochs") and not getattr(self, f"{stage}_steps"):
                 raise ValueError(f"--{stage}_epochs 0 trains nothing: give a number above 0, or --{stage}_steps")
         if 0 < self.eval_temperature < 1e-3:
             raise ValueError(f"--eval_temperature {self.eval_temperature}: expected 0 (greedy), or at least 0.001")
+        for name in ("lora", "sft_lora", "reward_lora"):
+            if getattr(self, f"{name}_rank") and not getattr(self, f"{name}_alpha"):
+                raise ValueError(f"--{name}_alpha 0 would make the adapter nothing: give a number above 0 (64, say)")
         if not self.max_grad_norm:
             raise ValueError("--max_grad_norm 0 would make every gradient 0: give a large number for no clipping")
         if self.kl_target and (self.regularizer == "none" or self.kl_coef <= 0 or self.kl_horizon < self.rollout_batch):
@@ -284,6 +299,7 @@ READ_BY = {      # the settings that decide what a stage's result is; a run fold
             "response_len", "lr", "warmup_steps", "lora_rank", "lora_alpha", "lora_dropout", "gamma", "lam", "clip",
             "value_clip", "vf_coef", "whiten_rewards", "regularizer", "regularizer_mode", "divergence", "paper_compat",
             "kl_coef", "kl_target", "kl_horizon", "missing_eos_penalty")}
+RANKS = {"sft": "sft_lora_rank", "reward": "reward_lora_rank", "ppo": "lora_rank"}
 ALIASES = ("lr", "steps", "lora_rank", "lora_alpha", "lora_dropout")      # --lr with --stage sft means --sft_lr
 
 
@@ -299,10 +315,14 @@ def parse(argv):
                             choices=f.metadata["choices"], **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), [f.name for f in fields(Config)], n=1)
+        near = unknown[0].startswith("-") and difflib.get_close_matches(
+            unknown[0].split("=")[0].lstrip("-"), [f.name for f in fields(Config)], n=1)
         raise ValueError(f"unknown argument {unknown[0]}"
                          + (f": did you mean --{near[0]}?" if near else " (see --help)"))
     given = vars(given)
+    empty = next((name for name in ("model", "out") if given.get(name) == ""), None)
+    if empty:
+        raise ValueError(f"--{empty} is empty: a variable of the shell that is not set? Give a path, or leave it out")
     stage = given.get("stage", "all")
     for name in ALIASES if stage in ("sft", "reward") else ():
         if name in given:
@@ -326,11 +346,16 @@ class Run:
     def __init__(self, cfg, stage):
         self.folder, self.stage, self.cfg = cfg.folder(stage), stage, cfg
         self.replaced = []       # the runs whose results are set aside once this one begins (--redo)
+        self.held = None         # the folder, held open until this process ends (hold)
         settings = asdict(cfg) | {"model": cfg.input_model(stage), "reward": cfg.reward_path()}
-        # relative to the folder: a run can be continued from anywhere, and moved with its inputs
-        for name in PATHS:
-            settings[name] = settings[name] and os.path.relpath(settings[name], self.folder)
+        self.data = {k: digest(settings[k]) for k in READ_BY[stage] if k in PATHS}
+        settings |= {k: self.relative(settings[k]) for k in PATHS}
         self.settings = {"stage": stage} | {k: settings[k] for k in READ_BY[stage]}
+
+    def relative(self, path):
+        """A path from the folder: a run can be continued from anywhere, and moved with its inputs. (Links are followed:
+        from a folder behind a link, .. leads elsewhere.)"""
+        return path and os.path.relpath(Path(path).resolve(), self.folder.resolve())
 
     @property
     def finished(self):
@@ -338,41 +363,82 @@ class Run:
 
     @property
     def evaluation_settings(self):
-        return {"eval_data": os.path.relpath(self.cfg.eval_data, self.folder), "temperature": self.cfg.eval_temperature}
+        return {"eval_data": self.relative(self.cfg.eval_data), "temperature": self.cfg.eval_temperature,
+                "eval_data_digest": digest(self.cfg.eval_data)}
 
     def evaluated(self):
-        """Whether eval.json stands, and was made with these evaluation settings."""
+        """Whether eval.json stands, and was made with these evaluation settings (of which an older one may not know
+        all)."""
         if not (self.folder / "eval.json").is_file():
             return False
         found = read_evaluation(self.folder)
-        return all(found.get(k) == v for k, v in self.evaluation_settings.items())
+        return all(found.get(k, v) == v or v is None for k, v in self.evaluation_settings.items())
 
     def check(self):
-        """Refuse a folder that was made with other settings; True if the stage has been run to its end."""
-        path = self.folder / "config.json"
-        above = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise ValueError(f"cannot write to {self.folder}: "
-                             f"{above} is {'not writable' if above.is_dir() else 'a file'}")
-        if not path.is_file():
+        """Refuse a folder that was made with other settings or data; True if the stage has been run to its end."""
+        self.check_writable()
+        if not (self.folder / "config.json").is_file():
             check_new_folder(self.folder)
+            if (self.folder / "checkpoint.pt").is_file():
+                raise ValueError(f"{self.folder} holds a checkpoint, but no config.json that says what it was made "
+                                 f"with: choose another --out, or --redo {self.stage}")
             return False
         before = run_settings(self.folder)
         if before.get("stage") != self.stage:
             raise ValueError(f"{self.folder} holds something that is not a run of stage {self.stage}: "
                              "choose another --out")
-        other = [k for k in self.settings if before.get(k) != self.settings[k]]
+        other = [f"{k} {before.get(k)!r} (now {v!r})" for k, v in self.settings.items() if not self.same(k, before)]
+        known = read_json(self.folder / "config.json").get("data") or {}
+        other = other or [f"other content of {getattr(self.cfg, k)}" for k, now in self.data.items()
+                          if now and known.get(k, now) != now]
         if other:
-            what = ", ".join(f"{k} {before.get(k)!r} (now {self.settings[k]!r})" for k in other)
-            raise ValueError(f"{self.folder} was made with {what}: "
+            raise ValueError(f"{self.folder} was made with {', '.join(other)}: "
                              f"give the same, another --out, or --redo {self.stage}")
         return self.finished
+
+    def same(self, name, before):
+        """Whether a setting is what it was; ValueError for a path that leads nowhere any more."""
+        was, now = before.get(name), self.settings[name]
+        if name not in PATHS or not (was and now and isinstance(was, str)):
+            return was == now
+        if was != now and not (self.folder / was).exists():
+            raise ValueError(f"{self.folder} was made with {name} {was!r} as seen from there, where nothing is now: "
+                             f"move a run together with its inputs, choose another --out, or --redo {self.stage}")
+        return (self.folder / was).resolve() == (self.folder / now).resolve()
+
+    def check_writable(self):
+        """Refuse a folder in which this stage's files could not be written, before it has run."""
+        above = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise ValueError(f"cannot write to {self.folder}: "
+                             f"{above} is {'not writable' if above.is_dir() else 'a file'}")
+        odd = [name for name in WRITTEN if (self.folder / name).exists()
+               and (self.folder / name).is_dir() != (name == "policy")]
+        if odd:
+            raise ValueError(f"{self.folder / odd[0]} is a {'file' if odd[0] == 'policy' else 'folder'}, which is in "
+                             "the way of what this stage writes: remove it, or choose another --out")
+
+    def hold(self):
+        """Keep other processes from writing to the folder until this one ends, however it ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.held or not fcntl:
+            return
+        self.held = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {self.folder}: wait for it, or choose another --out"
+                             ) from None
+        except OSError:
+            pass                 # (a file system that knows no locks)
 
     def open(self):
         """Make the folder, or cut the records of an earlier try back to its checkpoint. -> checkpoint or None.
 
         The models have been read by now: a mistake in their files has set nothing aside."""
         if is_main():
+            for run in (self, *self.replaced):
+                run.hold()
             for run in self.replaced:
                 run.set_aside()
         dist.barrier()
@@ -382,8 +448,7 @@ class Run:
             raise ValueError(f"the processes see different checkpoints in {self.folder} (steps {steps}): "
                              "--out must be a shared folder")
         if is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", {"run": self.settings})
+            write_json(self.folder / "config.json", {"run": self.settings, "data": self.data})
             for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
                 cut_lines(self.folder / name, checkpoint["step"] if checkpoint else 0)
         if checkpoint:
@@ -445,10 +510,16 @@ class Run:
 
     def check_redo(self):
         """Refuse to redo what this stage has not made."""
+        self.check_writable()
         if not (self.folder / "config.json").is_file():
             check_new_folder(self.folder)
         elif run_settings(self.folder).get("stage") != self.stage:
             raise ValueError(f"--redo {self.stage}: {self.folder} was not made by this stage, it is left alone")
+
+
+def digest(path):
+    """A short hash of a file's content; None where there is no file (a model's folder is known by its weights)."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path and Path(path).is_file() else None
 
 
 def cut_lines(path, step):
@@ -613,7 +684,7 @@ def clip_gradients(parameters, max_norm, step, name):
 
 def require_finite(x, name, step):
     if not torch.isfinite(x).all():
-        raise FloatingPointError(f"step {step}: {name} is not finite; the last checkpoint stands "
+        raise FloatingPointError(f"step {step}: {name} is not finite; what was saved before it stands "
                                  "(lower --lr, or look at the regularizer: see \"reading the log\" in the README)")
 
 
@@ -1004,7 +1075,7 @@ def ppo(run, inputs, device, stopper):
     if is_main():
         save_policy(net, run.folder / "policy", cfg.input_model("ppo"))
         shutil.copy(inputs.tokenizer.path, run.folder / "policy" / "tokenizer.model")
-    run.finish(steps=cfg.steps, seconds=round(time.time() - start, 1), phases=spent)
+    run.finish(steps=cfg.steps, seconds=round(time.time() - start, 1), phases=spent, trunks=trunks)
 
 
 def ppo_step(cfg, step, net, ddp, reward_model, optimizer, inputs, kl_coef):
@@ -1104,6 +1175,10 @@ def load_inputs(cfg, stages):
     found = {"tokenizer": tokenizer, "banned_ids": tokenizer.banned_ids(model_config.vocab_size)}
     need = lambda name: getattr(cfg, name) or missing_setting(cfg, name)
     check_earlier_stages(cfg, stages)
+    for name in [RANKS[s] for s in stages if s in RANKS]:
+        if getattr(cfg, name) > model_config.dim:
+            raise ValueError(f"--{name} {getattr(cfg, name)} is above the model's width {model_config.dim}, which is no "
+                             "low rank: 4 to 64 are usual")
     positions = {"model": model_config.max_seq_len}
     if cfg.reward:
         positions["reward model"] = check_reward_model(cfg.reward, tokenizer, model_config)
@@ -1185,6 +1260,15 @@ def check_processes(cfg, stages):
                              f"{-(-getattr(cfg, name) // unit) * unit}")
 
 
+def builds_on(cfg, later, earlier):
+    """Whether the folder of one stage holds a run that started from what is, or will be, in the folder of another."""
+    folder, made = cfg.folder(later), cfg.folder(earlier).resolve()
+    if STAGES.index(later) <= STAGES.index(earlier) or not (folder / "config.json").is_file():
+        return False
+    before = run_settings(folder)
+    return any(isinstance(before.get(k), str) and (folder / before[k]).resolve() == made for k in ("model", "reward"))
+
+
 def plan(cfg):
     """What is to be done. -> runs by stage, stages to run, those of them to run again, whether to evaluate."""
     runs = {s: Run(cfg, s) for s in (STAGES if cfg.stage == "all" else (cfg.stage,))}
@@ -1196,10 +1280,12 @@ def plan(cfg):
     for s in runs:
         runs[s].check_redo() if s in redo else None
     todo = [s for s in runs if s in redo or not runs[s].check()]
-    for s in runs:
-        if todo and s not in todo and list(runs).index(s) > list(runs).index(todo[0]):
-            raise ValueError(f"{runs[s].folder} was made from an earlier {todo[0]} stage, which has to be run again: "
-                             f"--redo {todo[0]}")
+    for s in STAGES:
+        old = s not in todo and next((t for t in todo if builds_on(cfg, s, t)), None)
+        if old:
+            raise ValueError(f"{cfg.folder(s)} was made from an earlier {old} stage, which is to be run again: "
+                             + "--stage all " * (cfg.stage != "all")
+                             + f"--redo {old} runs both, or move that folder away")
     evaluating = "eval" in order and ("eval" in redo or "ppo" in todo or not runs["ppo"].evaluated())
     return runs, todo, redo, evaluating
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 import model as model_module
 import train
 from data import Example, Tokenizer, format_prompt, pack
+from eval import load_answering, load_run
 from lora import adapter, add_lora, lora_parameters
 from model import (KVCache, Llama, LlamaConfig, ban_mask, generate, load_llama, packed_weights, prefill, read_model_config,
                    save_llama)
@@ -641,6 +642,12 @@ BAD_INPUT = [
     (["--eval_temperature=0.0005"], {}, "--eval_temperature 0.0005: expected 0 .greedy., or at least 0.001"),
     (["--sft_epochs=0"], {}, "--sft_epochs 0 trains nothing"),
     (["--reward_epochs=0"], {}, "--reward_epochs 0 trains nothing"),
+    (["--model="], {}, "--model is empty"), (["--out="], {}, "--out is empty"),
+    (["--clip=1e40"], {}, "--clip 1e.40 is too large: at most 1e.30"),
+    (["--lora_rank=1000000000000"], {}, "--lora_rank 1000000000000 is too large"),
+    (["--lora_rank=65"], {}, "--lora_rank 65 is above the model's width 64"),
+    (["--lora_alpha=0"], {}, "--lora_alpha 0 would make the adapter nothing"),
+    (["extra"], {}, "unknown argument extra .see --help"),
     (["--prompts=DIR/none.json"], {}, "no data file at .*none.json"),
     (["--prompts=DIR/a.json"], {"a.json": ""}, "a.json, line 1: broken JSON"),
     (["--prompts=DIR/a.json"], {"a.json": '[\n{"instruction": "x"},\n{"instruction" "y"}\n]'}, "a.json, line 3: broken JSON"),
@@ -846,6 +853,107 @@ def test_a_stage_made_from_an_older_one_is_not_taken_for_finished(tmp_path, caps
     with pytest.raises(SystemExit):
         train.main([f"--out={tmp_path}"])
     assert "--redo sft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("earlier, message", [("sft", "reward was made from an earlier sft stage"),
+                                              ("reward", "ppo was made from an earlier reward stage")])
+def test_one_stage_is_not_redone_below_those_that_build_on_it(tmp_path, capsys, earlier, message):
+    """`--stage sft --redo sft` in the folder of a whole run: reward model and policy would be another model's, and stand
+    there as finished."""
+    for stage in train.STAGES:
+        run = train.Run(train.parse([f"--out={tmp_path}"]), stage)
+        run.folder.mkdir()
+        (run.folder / "config.json").write_text(json.dumps({"run": run.settings}))
+        (run.folder / "finished.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit):
+        train.main([f"--out={tmp_path}", f"--stage={earlier}", f"--redo={earlier}"])
+    assert f"{message}, which is to be run again: --stage all --redo {earlier} runs both" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert train.plan(train.parse([f"--out={tmp_path}", f"--redo={earlier}"]))[1][0] == earlier       # all of them: as asked
+    shutil.rmtree(tmp_path / "ppo"), shutil.rmtree(tmp_path / "reward")
+    assert train.plan(train.parse([f"--out={tmp_path}", f"--stage={earlier}", f"--redo={earlier}"]))[1] == [earlier]
+
+
+def test_a_policy_is_not_put_on_other_weights_than_it_was_trained_on(tiny, tmp_path, one_process):
+    """The model folder that a finished run names holds another model now: its adapter would answer, and make no sense."""
+    shutil.copytree(tiny / "sft", tmp_path / "sft")
+    shutil.copytree(tiny / "reward", tmp_path / "reward")
+    cfg = train.parse(ppo_flags(tiny, tmp_path / "run", steps=1, model=tmp_path / "sft", reward=tmp_path / "reward"))
+    train.ppo(train.Run(cfg, "ppo"), train.load_inputs(cfg, ["ppo"]), one_process, train.Stopper())
+    load_run(tmp_path / "run")
+    for name, flag, read in (("sft", "model", load_run), ("sft", "model", load_answering), ("reward", "reward", load_run)):
+        weights = tmp_path / name / "model.safetensors"
+        whole = weights.read_bytes()
+        save_file({k: t + 0.01 for k, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"other weights than its --{flag}, '../{name}' from there, holds now"):
+            read(tmp_path / "run")
+        weights.write_bytes(whole)
+
+
+def test_a_run_folder_behind_a_link_finds_its_inputs(tiny, tmp_path):
+    """runs -> another disk: .. of what lies there is not .. of the link."""
+    (tmp_path / "disk" / "far" / "away").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "far" / "away")
+    run = train.Run(train.parse(ppo_flags(tiny, tmp_path / "runs" / "one")), "ppo")
+    run.folder.mkdir()
+    for name in ("model", "reward", "prompts"):
+        assert (run.folder / run.settings[name]).exists(), run.settings[name]
+
+
+def test_a_run_folder_is_one_processs_at_a_time(tiny, tmp_path):
+    """The same command twice at once, as it is typed in two windows: their records would be mixed."""
+    first, second = (train.Run(train.parse(ppo_flags(tiny, tmp_path / "run")), "ppo") for _ in range(2))
+    first.hold(), first.hold()
+    with pytest.raises(ValueError, match="another process is writing to .*run: wait for it, or choose another --out"):
+        second.hold()
+    os.close(first.held)                                                # as the end of a process does, whatever ends it
+    second.held = None
+    second.hold()
+
+
+@pytest.mark.parametrize("name, message", [("prompts", "made with other content of .*mine.json"), (None, None)])
+def test_data_that_were_edited_since_are_other_data(tiny, tmp_path, name, message):
+    """The path is the same, the rows are not: neither a continued run nor a finished one is that of these rows."""
+    rows = tmp_path / "mine.json"
+    rows.write_text('[{"instruction": "Who is Mira?", "output": "A painter."}]')
+    run = train.Run(train.parse(ppo_flags(tiny, tmp_path / "run", prompts=rows, eval_data=rows)), "ppo")
+    run.folder.mkdir()
+    (run.folder / "config.json").write_text(json.dumps({"run": run.settings, "data": run.data}))
+    records = [{"instruction": "Who is Mira?", **{system: {} for system in ("reference", "before", "after")}}]
+    (run.folder / "eval.json").write_text(json.dumps(run.evaluation_settings | {"records": records}))
+    run = train.Run(run.cfg, "ppo")
+    assert not run.check() and run.evaluated()
+    if name:
+        rows.write_text(rows.read_text().replace("Mira", "Ada"))
+        with pytest.raises(ValueError, match=message):
+            train.Run(run.cfg, "ppo").check()
+        assert not run.evaluated()
+    else:
+        rows.unlink()                                       # (a finished run is looked at without its data, too)
+        assert not train.Run(run.cfg, "ppo").check() and run.evaluated()
+
+
+def test_what_is_in_the_way_in_a_run_folder_is_named_before_the_run(tiny, tmp_path):
+    """Not by a traceback after it."""
+    run = train.Run(train.parse(ppo_flags(tiny, tmp_path / "run")), "ppo")
+    (run.folder / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(ValueError, match="metrics.jsonl is a folder, which is in the way"):
+        run.check()
+    (run.folder / "metrics.jsonl").rmdir()
+    (run.folder / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds a checkpoint, but no config.json that says what it was made with"):
+        run.check()
+
+
+def test_a_run_that_was_moved_without_its_inputs_says_so(tiny, tmp_path):
+    """Its paths are relative: `give the same` would be no help."""
+    run = train.Run(train.parse(ppo_flags(tiny, tmp_path / "a" / "run")), "ppo")
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.json").write_text(json.dumps({"run": run.settings}))
+    shutil.move(tmp_path / "a" / "run", tmp_path / "run")
+    with pytest.raises(ValueError, match="where nothing is now: move a run together with its inputs"):
+        train.Run(train.parse(ppo_flags(tiny, tmp_path / "run")), "ppo").check()
 
 
 @pytest.mark.parametrize("file, damage, message", [
