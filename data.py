@@ -61,6 +61,9 @@ class Tokenizer:
             raise ValueError(f"{path} is not a sentencepiece model") from None
         self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
         self.pad_id, self.unk_id = self.sp.pad_id(), self.sp.unk_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path} has no piece for {'the end (EOS)' if self.eos_id < 0 else 'the beginning (BOS)'} "
+                             "of a text: expected a tokenizer with both, such as LLaMA's")
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text as the tokenizer's file has it (LLaMA's puts a space in front)."""
@@ -100,6 +103,11 @@ class Tokenizer:
         if differ is not None:
             raise ValueError(f"id {differ} is {self.sp.id_to_piece(differ)!r} in {self.path} but "
                              f"{other.sp.id_to_piece(differ)!r} in {path}: the models have different tokenizers")
+
+    def check_against(self, folder):
+        """check_same with the tokenizer that lies in a model's folder, if one does."""
+        if (Path(folder) / "tokenizer.model").is_file():
+            self.check_same(Path(folder) / "tokenizer.model")
 
     def check_fits(self, model_vocab_size, model_path):
         """ValueError if this tokenizer has ids that the model has no embedding for."""
@@ -230,7 +238,7 @@ def load_eval_rows(path, tokenizer, prompt_len, drop_long=False):
     if not fitting or len(fitting) < len(rows) and not drop_long:
         raise ValueError(f"{path}: {len(rows) - len(fitting)} of {len(rows)} prompts are "
                          f"longer than the {prompt_len} tokens that --response_len leaves "
-                         "of this model's positions: lower it, or give --eval_drop_long")
+                         "of this model's positions: lower it" + ", or give --eval_drop_long" * (not drop_long))
     return fitting
 
 

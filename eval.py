@@ -26,6 +26,7 @@ Statistics
 * Factual precision: supported / stated facts, all answers pooled (FActScore, Min et al., arXiv 2305.14251), exact here.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -38,7 +39,8 @@ import torch
 
 from data import Tokenizer, load_prompts, read_rows, text_field
 from lora import base_folder, load_lora, lora_parameters, merge_lora
-from model import fingerprint, generate, keyed_seed, read_json, read_model_config, read_text, save_llama, write_json
+from model import (fingerprint, generate, keyed_seed, parse_json, read_json, read_model_config, read_text, save_llama,
+                   write_json)
 from reward import (ActorCritic, assess, build_models, check_new_folder, is_adapter, load_policy, load_reward_model,
                     load_trunk, recover, score_responses)
 from toy import world
@@ -210,6 +212,16 @@ def hint(folder):
     return f": did you mean {Path(folder) / 'ppo'}?" if (Path(folder) / "ppo" / "config.json").is_file() else ""
 
 
+@contextlib.contextmanager
+def as_written(path):
+    """Reading what this project has written: a field that is missing or something else is one line, with the file."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is not as this project writes it ({type(e).__name__}: {e}): was it edited, or "
+                         "damaged?") from None
+
+
 def read_evaluation(folder):
     """A run's eval.json: its `records`, one per prompt, and the settings that they were made with."""
     path = Path(folder) / "eval.json"
@@ -244,8 +256,8 @@ def check_trunks(folder, **trunks):
     known = about.get("trunks") if isinstance(about, dict) else None
     for name, before in zip(("model", "reward"), known or []):
         if name in trunks and fingerprint(trunks[name]) != before:
-            raise ValueError(f"{folder} was trained with other weights than its --{name}, "
-                             f"{ppo_settings(folder)[name]!r} from there, holds now: run its ppo stage again (--redo ppo)")
+            raise ValueError(f"{folder} was trained with other weights than its --{name} holds now "
+                             f"({ppo_settings(folder)[name]!r} from there): run its ppo stage again (--redo ppo)")
 
 
 def answer(net, prompts, tokenizer, trained=True, **settings):
@@ -397,7 +409,8 @@ def table(summary):
 def report(folder):
     """Table and side-by-side answers of a run folder that has been evaluated."""
     records = read_evaluation(folder)["records"]
-    summary = summarise(records)
+    with as_written(Path(folder) / "eval.json"):
+        summary = summarise(records)
     w = summary["after"]["win_before"]
     judge_name = "the simulated annotators" if is_toy(records) else "the reward model itself, which PPO has maximised"
     lines = ["", f"{len(records)} evaluation prompts, judged by {judge_name}; +- is one standard error", "",
@@ -433,17 +446,22 @@ def outcome(folder):
     settings, evals = ppo_settings(folder), read_lines(folder / "evals.jsonl")
     metrics = read_lines(folder / "metrics.jsonl")
     records = read_evaluation(folder)["records"] if (folder / "eval.json").is_file() else []
-    if records and not (evals and evals[-1]["step"] == settings["steps"]):
-        evals.append({"step": settings["steps"]} | summarise(records))
-    curve = [{"step": row["step"]} | row["after"] for row in evals]
-    if evals:
-        by_definition = {"win_before": 0.5, "win_before_equal": 0.5, "kl_per_token": 0.0, "kl_per_sequence": 0.0}
-        curve.insert(0, {"step": 0} | {k: {"value": v, "se": 0.0} for k, v in by_definition.items()}
-                     | evals[-1]["before"])
-    shown = [row for i, row in enumerate(metrics) if i % 4 == 0 or i == len(metrics) - 1]
-    return compact({"seed": settings["seed"], "settings": settings, "wins": wins(records), "curve": curve,
-                    "reference": evals[-1]["reference"] if evals else {},
-                    "training": {key: [row[key] for row in shown] for key in ("step", *dict(TRAINING))}})
+    with as_written(folder / "eval.json"):
+        won = wins(records)
+        if records and not (evals and evals[-1]["step"] == settings["steps"]):
+            evals.append({"step": settings["steps"]} | summarise(records))
+    with as_written(folder / "evals.jsonl"):
+        curve = [{"step": row["step"]} | row["after"] for row in evals]
+        if evals:
+            by_definition = {"win_before": 0.5, "win_before_equal": 0.5, "kl_per_token": 0.0, "kl_per_sequence": 0.0}
+            curve.insert(0, {"step": 0} | {k: {"value": v, "se": 0.0} for k, v in by_definition.items()}
+                         | evals[-1]["before"])
+        reference = evals[-1]["reference"] if evals else {}
+    with as_written(folder / "metrics.jsonl"):
+        shown = [row for i, row in enumerate(metrics) if i % 4 == 0 or i == len(metrics) - 1]
+        training = {key: [float(row[key]) for row in shown] for key in ("step", *dict(TRAINING))}
+    return compact({"seed": settings["seed"], "settings": settings, "wins": won, "curve": curve,
+                    "reference": reference, "training": training})
 
 
 def wins(records):
@@ -539,7 +557,8 @@ def study_table(variants, base):
         cells = [cell(over_seeds([(o["curve"] or [{}])[-1].get(key, UNKNOWN) for o in runs]), form)
                  for _, key, form in COLUMNS]
         minus = cell(difference(runs, variants[base], 1), "{:+.1%}") if name != base else ""
-        lines.append(f"{name:{width}}{len(runs):>5}" + "".join(f"{c:>16}" for c in cells) + f"{minus:>{last}}")
+        evaluated = sum(bool(o["curve"]) for o in runs)
+        lines.append(f"{name:{width}}{evaluated:>5}" + "".join(f"{c:>16}" for c in cells) + f"{minus:>{last}}")
     return "\n".join(lines)
 
 
@@ -575,9 +594,11 @@ def figure_data(variants):
     belong to (toy/study.py's do) are in those, any other in all; a figure for which the data say nothing is left
     out."""
     for file, group, title, (x, x_label), ys in FIGURES:
-        chosen = {name: runs for name, runs in variants.items() if group in runs[0].get("groups", [group])}
-        told = lambda y: [name for name in chosen if any(y in row for row in chosen[name][0]["curve"])]
-        panels = {y_label: {name: series(chosen[name], x, y) for name in told(y)} for y, y_label in ys}
+        chosen = {name: [o for o in runs if o["curve"]] for name, runs in variants.items()
+                  if group in runs[0].get("groups", [group])}
+        told = lambda y: [name for name, runs in chosen.items() if runs and any(y in row for row in runs[0]["curve"])]
+        drawn = lambda y: {name: points for name in told(y) if (points := series(chosen[name], x, y))}
+        panels = {y_label: drawn(y) for y, y_label in ys}
         if all(panels.values()):
             yield file, title, x_label, panels
 
@@ -709,16 +730,17 @@ def load_answering(path, adapter_path=None, alpha=None, tokenizer=None, device="
                                 f"{hint(path)}")
     run = ppo_settings(path) if (path / "policy").is_dir() else {}
     if alpha is not None and not adapter_path or run and adapter_path:
-        raise ValueError(f"{path} is a PPO run, which has its own adapter: no --adapter goes with it"
+        raise ValueError(f"{path} is a PPO run, which has its own adapter: "
+                         f"no --{'adapter' if adapter_path else 'alpha'} goes with it"
                          if run else "--alpha goes with --adapter")
     base = path / run["model"] if run else path
     adapter_path = path / "policy" if run.get("lora_rank") else adapter_path
     if run and not run["lora_rank"]:
         base = path / "policy"
     places = [path / "policy", path, base, base_folder(base)]
-    tokenizer = Tokenizer(tokenizer or next((p / "tokenizer.model" for p in places
-                                             if (p / "tokenizer.model").is_file()),
-                                            path / "tokenizer.model"))
+    own = next((p / "tokenizer.model" for p in places if (p / "tokenizer.model").is_file()), path / "tokenizer.model")
+    tokenizer = Tokenizer(tokenizer or own)
+    tokenizer.check_against(own.parent)
     model = load_trunk(base, device, dtype)
     if run.get("lora_rank"):
         check_trunks(path, model=model)
@@ -770,8 +792,12 @@ def read_part(part, key):
         raise ValueError(f"{part} was begun with another model, other instructions or settings: "
                          "give the same, or remove it")
     whole = lines[1:-1]                                    # (the last line has no end: empty, or cut off)
+    texts = [parse_json(line, part, number) for number, line in enumerate(whole, 2)]
+    odd = next((number for number, text in enumerate(texts, 2) if not isinstance(text, str)), None)
+    if odd:
+        raise ValueError(f"{part}, line {odd}: expected an answer, a text; remove the file to begin anew")
     part.write_text("\n".join([lines[0], *whole, ""]), encoding="utf-8")
-    return [json.loads(line) for line in whole]
+    return texts
 
 
 def joined_instruction(row):
@@ -791,9 +817,11 @@ FORMATS = {      # what the judges read: a row of ours, the answer, the name of 
 def instructions(path, form):
     """Rows to answer. factscore: a file of names, one a line, each asked for as FActScore does; else JSON rows."""
     if form == "factscore":
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file of names at {path}")
         names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-        if not names:
-            raise ValueError(f"{path}: expected names, one a line, got none")
+        if not names or names[0][0] in "[{":
+            raise ValueError(f"{path}: expected names, one a line, got {'JSON' if names else 'none'}")
         return [{"topic": name, "instruction": f"Tell me a bio of {name}."} for name in names]
     rows = read_rows(path)
     for i, row in enumerate(rows if form == "alpacafarm" else []):
@@ -811,8 +839,10 @@ def write_rows(path, rows, form):
         write_json(path, rows)
 
 
-def check_output(path):
-    """Refuse what could not be written, before an hour of answers."""
+def check_output(path, source=None):
+    """Refuse what could not be written, before an hour of answers; and what would replace the file that is read."""
+    if source and Path(path).resolve() == Path(source).resolve():
+        raise ValueError(f"--output {path} is the file of --input: it would be replaced, choose another")
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
         raise ValueError(f"cannot write to {path}: "
                          + ("it is a folder" if Path(path).is_dir() else "its folder does not exist"))
@@ -887,7 +917,7 @@ def load_from(args):
 
 
 def command_generate(args):
-    check_output(args.output) if args.output else None
+    check_output(args.output, args.input) if args.output else None
     net, tokenizer, settings = load_from(args)
     rows = [{"instruction": args.prompt}] if args.prompt is not None else read_rows(args.input)
     part = Path(f"{args.output}.part") if args.output else None
@@ -922,6 +952,9 @@ def command_chat(args):
 
 def command_export(args):
     if args.format == "merged":
+        given = [name for name in ("input", "generator", *PRESETS["alpacafarm"]) if getattr(args, name) is not None]
+        if given:
+            raise ValueError(f"--format merged writes the model and answers nothing: no --{given[0]} goes with it")
         check_new_folder(args.output)
         net, tokenizer, _ = load_from(args)
         if not save_merged(net, tokenizer, args.output):
@@ -932,7 +965,7 @@ def command_export(args):
         raise ValueError(f"--format {args.format} needs --input: "
                          f"{'names, one a line' if args.format == 'factscore' else 'JSON rows'}")
     rows = instructions(args.input, args.format)
-    check_output(args.output)
+    check_output(args.output, args.input)
     net, tokenizer, settings = load_from(args)
     part = Path(f"{args.output}.part")
     texts = answer_rows(net, tokenizer, rows, args.input, args.batch, part, **settings)
@@ -955,11 +988,14 @@ def command_winrate(args):
         return
     if is_adapter(args.reward) and not args.model:
         raise ValueError(f"--reward {args.reward} is an adapter: name the model that it was trained on with --model")
+    if len(rows) == 1:
+        raise ValueError(f"{args.file} has one pair: that is no win rate")
     device, dtype = device_and_dtype(args)
     trunk = load_trunk(args.model, device, dtype) if args.model else None
     reward_model = load_reward_model(args.reward, device, dtype, trunk)
     tokenizer = Tokenizer(args.tokenizer or Path(args.reward) / "tokenizer.model")
     tokenizer.check_fits(reward_model.trunk.config.vocab_size, args.reward)
+    tokenizer.check_against(args.reward)
     first, second = judge_pairs(rows, args.file, reward_model, tokenizer, args.batch)
     w = win_rate_with_error(second, first)
     print(f"output_2 wins {w['value']:.2%} +-{w['se']:.2%} "
@@ -981,6 +1017,8 @@ def command_recover(args):
 
 def command_table(args):
     if len(args.runs) == 1 and (Path(args.runs[0]) / "config.json").is_file():
+        if args.base:
+            raise ValueError(f"--base {args.base}: {args.runs[0]} is one run, there is nothing to compare it with")
         print(report(args.runs[0]))
         return
     variants = load_outcomes(args.runs)
@@ -1082,6 +1120,9 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"eval.py: error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\neval.py: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

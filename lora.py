@@ -370,19 +370,19 @@ def load_lora(model, name, path, alpha=None, part="policy"):
                 getattr(layer, matrix)[name].copy_(tensors[peft_key(place, matrix)])
 
 
-def adapter_chain(path):
+def adapter_chain(path, seen=()):
     """A model folder and the adapters to merge into it, in this order: a PEFT folder was trained on the model that its
     adapter_config.json names - a path from here, or from the PEFT folder or one above it - or on a PEFT folder
-    again."""
+    again. (seen: the folders that have led here; none leads back.)"""
     path = Path(path)
     if not (path / "adapter_config.json").is_file():
         return path, []
     name = str(read_json_file(path / "adapter_config.json").get("base_model_name_or_path") or "(nothing)")
     for folder in (above / name for above in (Path(), path, *path.absolute().parents)):
         if any((folder / file).is_file() for file in ("config.json", "params.json", "adapter_config.json")):
-            if folder.resolve() == path.resolve():
+            if folder.resolve() in (*seen, path.resolve()):
                 break
-            base, adapters = adapter_chain(folder)
+            base, adapters = adapter_chain(folder, (*seen, path.resolve()))
             return base, [*adapters, path]
     raise FileNotFoundError(f"{path} is an adapter of {name}, which is no model folder here: write the folder's path "
                             "into base_model_name_or_path of its adapter_config.json")

@@ -417,8 +417,7 @@ def check_reward_model(path, tokenizer, policy_config):
     else:
         config = hf_config(about, path)
         tokenizer.check_fits(config.vocab_size, path)
-    if (path / "tokenizer.model").is_file():
-        tokenizer.check_same(path / "tokenizer.model")
+    tokenizer.check_against(path)
     return config.max_seq_len
 
 

@@ -346,7 +346,7 @@ class Run:
     def __init__(self, cfg, stage):
         self.folder, self.stage, self.cfg = cfg.folder(stage), stage, cfg
         self.replaced = []       # the runs whose results are set aside once this one begins (--redo)
-        self.held = None         # the folder, held open until this process ends (hold)
+        self.held = None         # the folder, held open while this process writes to it (hold)
         settings = asdict(cfg) | {"model": cfg.input_model(stage), "reward": cfg.reward_path()}
         self.data = {k: digest(settings[k]) for k in READ_BY[stage] if k in PATHS}
         settings |= {k: self.relative(settings[k]) for k in PATHS}
@@ -419,9 +419,9 @@ class Run:
                              "the way of what this stage writes: remove it, or choose another --out")
 
     def hold(self):
-        """Keep other processes from writing to the folder until this one ends, however it ends."""
+        """Keep other processes from writing to the folder until this one ends, however it ends, or releases it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.held or not fcntl:
+        if self.held is not None or not fcntl:
             return
         self.held = os.open(self.folder, os.O_RDONLY)
         try:
@@ -431,6 +431,11 @@ class Run:
                              ) from None
         except OSError:
             pass                 # (a file system that knows no locks)
+
+    def release(self):
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
 
     def open(self):
         """Make the folder, or cut the records of an earlier try back to its checkpoint. -> checkpoint or None.
@@ -1172,13 +1177,15 @@ def load_inputs(cfg, stages):
     tokenizer = Tokenizer(cfg.tokenizer or next((p for p in (Path(cfg.model) / "tokenizer.model",) if p.is_file()),
                                                 base_folder(cfg.model) / "tokenizer.model"))
     tokenizer.check_fits(model_config.vocab_size, cfg.model or "the toy model")
+    for folder in (cfg.model, base_folder(cfg.model)) if cfg.model else ():
+        tokenizer.check_against(folder)
     found = {"tokenizer": tokenizer, "banned_ids": tokenizer.banned_ids(model_config.vocab_size)}
     need = lambda name: getattr(cfg, name) or missing_setting(cfg, name)
     check_earlier_stages(cfg, stages)
     for name in [RANKS[s] for s in stages if s in RANKS]:
         if getattr(cfg, name) > model_config.dim:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is above the model's width {model_config.dim}, which is no "
-                             "low rank: 4 to 64 are usual")
+            raise ValueError(f"--{name} {getattr(cfg, name)} is above the model's width {model_config.dim}, "
+                             "which is no low rank: 4 to 64 are usual")
     positions = {"model": model_config.max_seq_len}
     if cfg.reward:
         positions["reward model"] = check_reward_model(cfg.reward, tokenizer, model_config)
@@ -1395,6 +1402,9 @@ def main(argv=None):
     except FloatingPointError as e:      # (of any one process: torchrun stops the others)
         print(f"train.py: stopped: {e}" + f" (process {rank()})" * (world_size() > 1), flush=True)
         sys.exit(1)
+    finally:
+        for run in runs.values():
+            run.release()
     if is_main() and "ppo" in runs and (runs["ppo"].folder / "eval.json").is_file():
         print(report(runs["ppo"].folder))
     say(f"done in {clock(time.time() - started)}{f' ({shares_of(spent)})' if len(spent) > 1 else ''}: {cfg.out}")

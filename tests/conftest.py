@@ -8,6 +8,7 @@ GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")      # for test_devices.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""            # equality to rounding or to the bit is a claim about float32 on the CPU
 
 import pytest  # noqa: E402
+import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
@@ -24,6 +25,16 @@ from reward import RewardModel, save_reward_model  # noqa: E402
 def one_thread():
     """These models are so small that a second thread only waits."""
     torch.set_num_threads(1)
+
+
+def train_tokenizer(folder, **changes):
+    """A sentencepiece model with LLaMA's settings, of the lines in folder/text.txt."""
+    sentencepiece.SentencePieceTrainer.train(**{
+        "input": str(folder / "text.txt"), "model_prefix": str(folder / "tokenizer"), "vocab_size": 400, "model_type": "bpe",
+        "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+        "hard_vocab_limit": False, "split_by_unicode_script": False, "allow_whitespace_only_pieces": True,
+        "minloglevel": 2} | changes)
+    return folder / "tokenizer.model"
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +58,14 @@ def tiny(tmp_path_factory):
     torch.nn.init.normal_(adapter.head.weight, std=0.3)
     save_reward_model(adapter, folder / "reward_adapter")
     return folder
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer(tmp_path_factory):
+    """A tokenizer with other pieces than the toy world's."""
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "text.txt").write_text("Pack my box with five dozen liquor jugs. How vexingly quick daft zebras jump!\n" * 20)
+    return train_tokenizer(folder)
 
 
 @pytest.fixture

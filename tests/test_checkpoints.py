@@ -478,6 +478,9 @@ def test_an_adapter_on_an_adapter_is_merged_after_it(tmp_path):
     peft_folder(tmp_path / "loop", tmp_path / "loop")
     with pytest.raises(FileNotFoundError, match="no model folder"):
         base_folder(tmp_path / "loop")
+    peft_folder(tmp_path / "egg", tmp_path / "hen")
+    with pytest.raises(FileNotFoundError, match="no model folder"):          # (and no longer chain leads back)
+        base_folder(peft_folder(tmp_path / "hen", tmp_path / "egg"))
 
 
 @pytest.mark.parametrize("config, tensors, says", [

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import torch
 
+from conftest import train_tokenizer
 from data import (Tokenizer, batch_indices, format_prompt, length_mask, load_preferences, load_prompts, load_sft, pack,
                   response_places)
 
@@ -24,11 +25,7 @@ def small(tmp_path_factory):
     """A tokenizer of 400 pieces that knows the template's words, and that ":)" is one piece."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text("\n".join(SENTENCES * 20))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
-        split_by_unicode_script=False, allow_whitespace_only_pieces=True, minloglevel=2)
-    return folder / "tokenizer.model"
+    return train_tokenizer(folder)
 
 
 @pytest.fixture(params=["small", "llama"])
@@ -166,6 +163,14 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("piece, name", [("bos_id", "the beginning"), ("eos_id", "the end")])
+def test_a_tokenizer_without_the_pieces_that_the_method_needs_is_refused(tmp_path, piece, name):
+    """Without an EOS no answer ends: id -1 would be the last embedding's."""
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES * 20))
+    with pytest.raises(ValueError, match=f"tokenizer.model has no piece for {name}"):
+        Tokenizer(train_tokenizer(tmp_path, **{piece: -1}))
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -175,6 +175,19 @@ def test_runs_that_share_a_seed_are_not_averaged_as_seeds(tmp_path):
         evaluation.load_outcomes([a, tmp_path / "typo"])
 
 
+def test_a_seed_that_was_not_evaluated_is_in_no_curve_and_not_counted(tmp_path, monkeypatch, capsys):
+    """A run without --eval_data beside one with: the table's mean is of the one, and says so, whichever comes first."""
+    for seed, more in ((0, {"curve": [], "wins": {}}), (1, {})):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(variant(seed, {"x": [10, 7, 0]}, variant="a") | more))
+    (tmp_path / "b.json").write_text(json.dumps(variant(0, {"x": [1, 0, 0]}, variant="b") | {"curve": [], "wins": {}}))
+    variants = evaluation.load_outcomes([tmp_path])
+    evaluation.main(["table", str(tmp_path)])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[3:] if line}
+    assert rows["a"][1:3] == ["1", "70.0%"] and rows["b"][1] == "0"
+    panels = {file: panels for file, _, _, panels in evaluation.figure_data(variants)}
+    assert all(set(lines) == {"a"} for panel in panels.values() for lines in panel.values()) and "win_steps" in str(panels)
+
+
 def test_figures_are_drawn_where_matplotlib_is(tmp_path):
     """Three of the four, since these data say nothing about facts, and the training curves."""
     pytest.importorskip("matplotlib")
@@ -291,6 +304,10 @@ SETTINGS = {"stage": "ppo", "model": "../m", "reward": "../r", "lora_rank": 8, "
       for content in ([], None, {"run": 5}, {"run": {"stage": "ppo"}}, {"run": {"stage": "sft"}})),
     *(("table", "eval.json", content, "holds no records of an evaluation")
       for content in ([], {}, None, {"records": []}, {"records": [{"index": 0}]})),
+    *(("table", "eval.json", {"records": [{"instruction": "?", "reference": x, "before": x, "after": x}]},
+       "eval.json is not as this project writes it") for x in (None, {}, {"text": "!"})),
+    ("figures", "metrics.jsonl", {"step": 1}, "metrics.jsonl is not as this project writes it"),
+    ("figures", "evals.jsonl", {"step": 1}, "evals.jsonl is not as this project writes it"),
     ("figures", "metrics.jsonl", {"a": 1}, "metrics.jsonl holds a line that is no record of a step"),
     ("figures", "evals.jsonl", [1], "evals.jsonl holds a line that is no record of a step")])
 def test_a_run_folder_with_something_else_in_it_is_one_line(tmp_path, command, file, content, message, capsys):
@@ -356,8 +373,9 @@ def test_an_interrupted_export_continues_and_ends_the_same(tiny, tmp_path, one_p
         return real(*args, **kwargs)
 
     monkeypatch.setattr(evaluation, "answer", failing)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         export(run, tmp_path, "--batch=3", rows=rows)
+    assert stop.value.code == 130
     part = tmp_path / "out.json.part"
     part.write_text(part.read_text() + '"half an ans')
     with pytest.raises(SystemExit):
@@ -373,6 +391,24 @@ def test_an_export_that_was_cut_off_before_its_first_answer_begins_anew(tmp_path
     part, key = tmp_path / "out.json.part", 12345
     part.write_text(left.replace("KEY", str(key)).replace("K", "12"))
     assert evaluation.read_part(part, key) == [] and not part.exists()
+
+
+@pytest.mark.parametrize("left, says", [('KEY\n"a"\n5\n"b"\n', "line 3: expected an answer"), ('KEY\n{oops\n"b"\n', "line 2")])
+def test_a_damaged_part_of_an_export_is_one_line_and_stays(tmp_path, left, says):
+    """Answers of an hour: what is wrong in the file is named, and nothing of it is thrown away."""
+    part = tmp_path / "out.json.part"
+    part.write_text(left.replace("KEY", "7"))
+    with pytest.raises(ValueError, match=f"out.json.part.*{says}"):
+        evaluation.read_part(part, 7)
+    assert part.read_text() == left.replace("KEY", "7")
+
+
+def test_an_interrupt_says_that_it_was_one(monkeypatch, capsys):
+    """Ctrl-C while a model answers: a line and the status that shells give it, no traceback."""
+    monkeypatch.setattr(evaluation, "load_outcomes", lambda paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["table", "a", "b"])
+    assert stop.value.code == 130 and capsys.readouterr().err == "\neval.py: stopped\n"
 
 
 def test_presets_decode_as_their_papers_do(tiny, tmp_path, one_process, monkeypatch):
@@ -448,7 +484,16 @@ def test_pairs_judged_by_a_reward_model(tiny, tmp_path, capsys):
 
 BAD = [(["export", "RUN", "--format=merged", "--output", "RUN"], "holds a model already"),
        (["export", "RUN", "--input=IN", "--output=DIR/no/such.json"], "its folder does not exist"),
-       (["export", "RUN", "--output=x.json"], "needs --input"),
+       (["export", "RUN", "--format=merged", "--output=DIR/m", "--input=IN"], "no --input goes with it"),
+       (["export", "RUN", "--format=merged", "--output=DIR/m", "--temperature=1"], "no --temperature goes with it"),
+       (["export", "RUN", "--input=IN", "--output=IN"], "is the file of --input"),
+       (["generate", "RUN", "--input=IN", "--output=DIR/run/../in.json"], "is the file of --input: it would be replaced"),
+       (["export", "RUN", "--format=factscore", "--input=IN", "--output=x.jsonl"], "expected names, one a line, got JSON"),
+       (["export", "RUN", "--format=factscore", "--input=DIR/no", "--output=x.jsonl"], "no file of names at DIR/no"),
+       (["export", "RUN", "--output=x.json"], "needs --input"), (["table", "RUN", "--base=kl"], "--base kl: RUN is one run"),
+       (["generate", "RUN", "--prompt=x", "--tokenizer=OTHER"], "the models have different tokenizers"),
+       (["winrate", "PAIRS", "--reward=RUN", "--tokenizer=OTHER"], "in RUN/tokenizer.model: the models have different tokenizers"),
+       (["winrate", "IN", "--reward=RUN"], "has one pair: that is no win rate"),
        (["export", "RUN", "--format=factscore", "--input=EMPTY", "--output=x.jsonl"], "expected names"),
        (["export", "RUN", "--format=alpacafarm", "--input=IN", "--output=DIR/x.json"], "row 0 .*: expected a text in 'output'"),
        (["generate", "RUN", "--prompt=x", "--alpha=64"], "--alpha goes with --adapter"),
@@ -459,13 +504,16 @@ BAD = [(["export", "RUN", "--format=merged", "--output", "RUN"], "holds a model 
 
 
 @pytest.mark.parametrize("argv, message", BAD, ids=[m for _, m in BAD])
-def test_a_mistake_in_an_export_is_one_line_and_costs_nothing(tiny, tmp_path, argv, message, capsys):
+def test_a_mistake_in_an_export_is_one_line_and_costs_nothing(tiny, other_tokenizer, tmp_path, argv, message, capsys):
     """Before the model answers a thousand questions; nothing is written, or left lying about, and no model overwritten."""
-    run = shutil.copytree(tiny / "sft", tmp_path / "run")
+    run = shutil.copytree(tiny / ("reward" if "winrate" in argv else "sft"), tmp_path / "run")
+    shutil.copy(tiny / "sft" / "tokenizer.model", run)
+    (tmp_path / "pairs.json").write_text(json.dumps([{"instruction": "Who?", "output_1": "Me.", "output_2": "You."}] * 2))
     (tmp_path / "in.json").write_text('[{"instruction": "Who?"}]')
     (tmp_path / "empty").write_text("\n")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    for name, value in (("RUN", run), ("IN", tmp_path / "in.json"), ("EMPTY", tmp_path / "empty"), ("DIR", tmp_path)):
+    for name, value in (("RUN", run), ("IN", tmp_path / "in.json"), ("EMPTY", tmp_path / "empty"), ("DIR", tmp_path),
+                        ("PAIRS", tmp_path / "pairs.json"), ("OTHER", other_tokenizer)):
         argv, message = [a.replace(name, str(value)) for a in argv], message.replace(name, str(value))
     with pytest.raises(SystemExit) as stop:
         evaluation.main(argv)

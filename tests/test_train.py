@@ -671,6 +671,13 @@ BAD_INPUT = [
 ]
 
 
+def test_the_tokenizer_is_the_one_that_lies_beside_the_model(tiny, other_tokenizer, tmp_path, capsys):
+    """Another one that fits in size would feed the model other words, and train it on them."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(ppo_flags(tiny, tmp_path / "run", tokenizer=other_tokenizer))
+    assert stop.value.code == 2 and "the models have different tokenizers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, files, message", BAD_INPUT, ids=[m[2][:40] for m in BAD_INPUT])
 def test_bad_input_is_one_clear_line_and_status_2(tiny, tmp_path, capsys, flags, files, message):
     """A user's mistake: no traceback, what was got and what was expected, exit status 2, before any process group starts,
@@ -886,7 +893,7 @@ def test_a_policy_is_not_put_on_other_weights_than_it_was_trained_on(tiny, tmp_p
         weights = tmp_path / name / "model.safetensors"
         whole = weights.read_bytes()
         save_file({k: t + 0.01 for k, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=rf"other weights than its --{flag}, '../{name}' from there, holds now"):
+        with pytest.raises(ValueError, match=rf"other weights than its --{flag} holds now \('../{name}' from there\)"):
             read(tmp_path / "run")
         weights.write_bytes(whole)
 
