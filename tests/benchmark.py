@@ -26,6 +26,7 @@ each, and the keys and values so far, beside a copy's speed (reading and writing
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -550,13 +551,13 @@ def report(job, size, processes, args):
 
 def growth(args):
     """Seconds per token and memory of generation and update as the batch grows: flat until the ceiling, then linear."""
-    for job, key in (("generate", "new"), ("update", "length")):
-        print(f"\n{job}, size S: batch, microseconds per token, MiB")
+    for size, (job, key) in itertools.product(args.sizes, (("generate", "new"), ("update", "length"))):
+        print(f"\n{job}, size {size}: batch, microseconds per token, MiB")
         for batch in (1, 4, 16, 64):
             set_batch(batch)
             more = {"peers": False, "repetitions": 3, "batch": batch}
-            ours, _ = compare(job, "S", 1, argparse.Namespace(**vars(args) | more))
-            tokens = batch * SHAPES[job][key]
+            ours, _ = compare(job, size, 1, argparse.Namespace(**vars(args) | more))
+            tokens = batch * (SHAPES_7B if size == "7B" else SHAPES)[job][key]
             seconds = statistics.median(o["seconds"] for o in ours)
             print(f"{batch:6}{1e6 * seconds / tokens:12.0f}{max(o['peak'] for o in ours) / 2 ** 20:12,.0f}", flush=True)
 
