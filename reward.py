@@ -358,14 +358,20 @@ def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None, adapt
         raise ValueError(f"{path}/config.json holds a {type(about).__name__}, expected the settings of a reward model")
     if is_adapter(path):
         return load_reward_adapter(path, about, trunk, adapter_name)
-    readers = {reward_name(k): read for k, read in hf_tensors(path).items() if "lm_head" not in k}
-    if "head.weight" not in readers:
-        raise ValueError(f"{path} has no tensor reward_head.weight: is it a language model? Expected a reward model")
+    readers = reward_readers(path)
     config = (backbone_config(path, about, readers, trunk) if about.get("model_type") == "reward_model"
               else hf_config(about, path))
     model = RewardModel(empty_llama(config, device, dtype, lm_head=False), score_eos=about.get("score_eos", False))
     fill(model, readers, path)
     return model.eval()
+
+
+def reward_readers(path):
+    """Our name -> function that reads that tensor, for a full reward model; ValueError if it has no head."""
+    readers = {reward_name(k): read for k, read in hf_tensors(path).items() if "lm_head" not in k}
+    if "head.weight" not in readers:
+        raise ValueError(f"{path} has no tensor reward_head.weight: is it a language model? Expected a reward model")
+    return readers
 
 
 def is_model_folder(path):
@@ -402,8 +408,9 @@ def backbone_config(path, about, readers, policy=None):
 
 
 def check_reward_model(path, tokenizer, policy_config):
-    """What a reward model's files say, without its weights: whether they can be read, and mean what the tokenizer's
-    ids mean. -> for how many tokens it has positions; where they do not say, as many as the policy."""
+    """What a reward model's files say, its weights only by their names and if they are there: whether it is one, and
+    means what the tokenizer's ids mean. -> for how many tokens it has positions; where they do not say, as many as the
+    policy."""
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no reward model: expected config.json, as --stage reward writes it")
@@ -417,6 +424,8 @@ def check_reward_model(path, tokenizer, policy_config):
     else:
         config = hf_config(about, path)
         tokenizer.check_fits(config.vocab_size, path)
+    if not is_adapter(path) and any((path / name).is_file() for name in WEIGHT_FILES):
+        reward_readers(path)
     tokenizer.check_against(path)
     return config.max_seq_len
 

@@ -330,7 +330,29 @@ def parse(argv):
                 raise ValueError(f"--{name} and --{stage}_{name} are the same setting of --stage {stage}: "
                                  "give one of them")
             given[f"{stage}_{name}"] = given.pop(name)
-    return Config(**(({} if given.get("model") else TOY) | given))
+    cfg = Config(**(({} if given.get("model") else TOY) | given))
+    for name, reason in without_effect(cfg, given):
+        note(f"--{name}", f"has no effect {reason}")
+    return cfg
+
+
+def without_effect(cfg, given):
+    """Settings that were given although nothing reads them beside the others: (name, why), for the user to see."""
+    read = {name for stage in STAGES if cfg.stage in ("all", stage) for name in READ_BY[stage]}
+    others = {name for stage in STAGES for name in READ_BY[stage]} - read
+    if cfg.stage in ("sft", "reward"):
+        others |= {f.name for f in fields(Config) if f.name.startswith("eval_")} | {"generate_batch"}
+    reasons = [(others, f"with --stage {cfg.stage}"),
+               ({"kl_coef"} if cfg.regularizer == "none" else (), "with --regularizer none"),
+               ({"kl_horizon"} if not cfg.kl_target else (), "without --kl_target"),
+               ({"reward_holdout"} if cfg.preference_test else (), "with --preference_test"),
+               ({"eval_temperature", "eval_drop_long"} if not cfg.eval_data else (), "without --eval_data"),
+               ({"eval_every"} if cfg.eval_every > cfg.steps else (), f"with --steps {cfg.steps}")]
+    reasons += [({f"{stage}_epochs"}, f"with --{stage}_steps") for stage in ("sft", "reward")
+                if getattr(cfg, f"{stage}_steps")]
+    reasons += [({rank.replace("rank", "alpha"), rank.replace("rank", "dropout")}, f"with --{rank} 0")
+                for rank in RANKS.values() if not getattr(cfg, rank)]
+    return [(name, reason) for name in given if given[name] for names, reason in reasons if name in names]
 
 
 # ------------------------------------------------------------------------------------------------------ run folder

@@ -695,6 +695,23 @@ def test_bad_input_is_one_clear_line_and_status_2(tiny, tmp_path, capsys, flags,
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("flags, said", [
+    ([], []), (["--kl_coef=0.2", "--sft_lr=1e-3", "--lora_alpha=8"], []), (["--stage=sft", "--lr=1e-3", "--steps=3"], []),
+    (["--regularizer=none", "--kl_coef=0"], []), (["--regularizer=none", "--kl_coef=0.2"], ["kl_coef", "with --regularizer none"]),
+    (["--stage=sft", "--clip=0.1"], ["clip", "with --stage sft"]), (["--stage=ppo", "--max_len=80"], ["max_len", "with --stage ppo"]),
+    (["--stage=reward", "--eval_every=5"], ["eval_every", "with --stage reward"]),
+    (["--kl_horizon=500"], ["kl_horizon", "without --kl_target"]), (["--kl_horizon=500", "--kl_target=3"], []),
+    (["--reward_holdout=0.2"], ["reward_holdout", "with --preference_test"]),
+    (["--reward_holdout=0.2", "--preference_test="], []), (["--eval_every=81"], ["eval_every", "with --steps 80"]),
+    (["--sft_epochs=2", "--sft_steps=9"], ["sft_epochs", "with --sft_steps"]),
+    (["--stage=reward", "--lora_alpha=8"], ["reward_lora_alpha", "with --reward_lora_rank 0"]),
+    (["--stage=reward", "--lora_alpha=8", "--lora_rank=4"], []), (["--lora_rank=0", "--lora_dropout=0.1"], ["lora_dropout", "with --lora_rank 0"]),
+    (["--stage=ppo", "--eval_data=", "--eval_temperature=1"], ["eval_temperature", "without --eval_data"])])
+def test_a_setting_without_effect_is_said(capsys, flags, said):
+    train.parse(flags)
+    assert capsys.readouterr().out == (f"note: --{said[0]} has no effect {said[1]}\n" if said else "")
+
+
 def test_another_setting_for_an_existing_run_is_refused(tiny, whole_run, capsys):
     """Continuing with another learning rate would be neither run: the line names the setting, both values, and ways out."""
     with pytest.raises(SystemExit) as stop:
@@ -1029,8 +1046,10 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "5 steps of 8 from 720 rows" in out and "one trunk:" in out and "two trunks (this run):" in out and "KV cache" in out
     assert sorted(tmp_path.rglob("*")) == before and not torch.distributed.is_initialized()
-    with pytest.raises(SystemExit):
-        train.main([*flags, "--dry_run", "--prompts=nowhere.json"])
+    for flag, message in ((f"--reward={tiny / 'sft'}", "is it a language model"), ("--prompts=nowhere.json", "nowhere.json")):
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--dry_run", flag])
+        assert message in capsys.readouterr().err
 
 
 def test_memory_of_7b_by_item():
