@@ -961,6 +961,7 @@ def hf_tensors(path):
     readers = {}
     for file, wanted in weight_files(path).items():
         if file.suffix == ".safetensors":
+            file.open("rb").close()      # (safe_open calls a file that may not be read a missing one)
             try:
                 f = safe_open(file, framework="pt")
             except SafetensorError as e:

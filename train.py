@@ -526,12 +526,14 @@ class Run:
     def set_aside(self):
         """--redo: move what this stage has written to a subfolder `previous`, which goes when the stage is finished
         again. A try that was not finished takes no finished result's place there: it goes."""
-        previous, written = self.folder / "previous", [f for f in (self.folder / n for n in WRITTEN) if f.exists()]
-        if written and (self.finished or not (previous / "finished.json").is_file()):
-            shutil.rmtree(previous, ignore_errors=True)
-            previous.mkdir()
+        previous, moving = self.folder / "previous", self.folder / "previous.part"
+        written = [f for f in (self.folder / n for n in WRITTEN) if f.exists()]
+        if moving.exists() or written and (self.finished or not (previous / "finished.json").is_file()):
+            moving.mkdir(exist_ok=True)      # (if it is there, a kill has come between: the rest follows)
             for file in written:
-                os.replace(file, previous / file.name)
+                os.replace(file, moving / file.name)
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(moving, previous)
         for file in written:
             shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
 

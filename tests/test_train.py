@@ -772,6 +772,25 @@ def test_a_second_try_keeps_the_result_that_the_first_has_set_aside(tmp_path):
     assert (run.folder / "previous" / "finished.json").read_text() == "fourth"
 
 
+def test_a_kill_while_results_are_set_aside_loses_none_of_them(tmp_path, monkeypatch):
+    """The third file is not moved any more: the next try moves it, and the rest, beside the first two."""
+    run, move, names = train.Run(train.parse([f"--out={tmp_path}"]), "ppo"), os.replace, []
+    run.folder.mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "finished.json", "eval.json"):
+        (run.folder / name).write_text(name)
+
+    def killed(*paths):
+        names.append(paths)
+        return move(*paths) if len(names) != 3 else 1 / 0
+    monkeypatch.setattr(train.os, "replace", killed)
+    with pytest.raises(ZeroDivisionError):
+        run.set_aside()
+    run.set_aside()
+    kept = {p.name: p.read_text() for p in (run.folder / "previous").iterdir()}
+    assert kept == {n: n for n in ("config.json", "metrics.jsonl", "finished.json", "eval.json")}
+    assert [p.name for p in run.folder.iterdir()] == ["previous"]
+
+
 def test_a_redo_that_cannot_begin_has_moved_nothing(tiny, tmp_path, capsys):
     """The SFT model cannot be read any more: the PPO run that was made from it is still the run."""
     shutil.copytree(tiny / "sft", tmp_path / "sft")
