@@ -870,7 +870,7 @@ def save_merged(net, tokenizer, folder):
 
 # --------------------------------------------------------------------------------------------------- outside judgements
 
-def count_preferences(preferences):
+def count_preferences(preferences, where="judgements"):
     """Judgements as alpaca_eval and AlpacaFarm write them -> win rate of output_2, its standard error, and the counts.
 
     1: output_1 is better, 2: output_2, 1.5 or (AlpacaFarm) 0: a draw, between 1 and 2: a leaning. A leaning counts as
@@ -880,7 +880,7 @@ def count_preferences(preferences):
     valid = [1.5 if p == 0 else p for p in preferences
              if isinstance(p, (int, float)) and not isinstance(p, bool) and (p == 0 or 1 <= p <= 2)]
     if not valid:
-        raise ValueError("no row has a preference between 1 and 2")
+        raise ValueError(f"{where}: no row has a preference between 1 and 2")
     wins = torch.tensor(valid, dtype=torch.float64) - 1
     return {"win_rate": wins.mean().item(),
             "standard_error": wins.std().item() / len(valid) ** 0.5 if len(valid) > 1 else float("nan"),
@@ -977,7 +977,8 @@ def command_export(args):
 def command_winrate(args):
     rows = read_rows(args.file)
     if not args.reward:
-        c = count_preferences([row.get("preference") if isinstance(row, dict) else None for row in rows])
+        c = count_preferences([row.get("preference") if isinstance(row, dict) else None for row in rows],
+                              args.file)
         if c["n_total"] == 1:
             raise ValueError(f"{args.file} has one judgement: that is no win rate")
         low, high = win_rate_interval(c["win_rate"], c["standard_error"])
