@@ -364,11 +364,11 @@ WRITTEN = ("config.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "chec
 
 class Run:
     """The folder of one stage: config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, and the result."""
+    held = {}      # folders that this process writes to, held open: path -> file descriptor
 
     def __init__(self, cfg, stage):
         self.folder, self.stage, self.cfg = cfg.folder(stage), stage, cfg
         self.replaced = []       # the runs whose results are set aside once this one begins (--redo)
-        self.held = None         # the folder, held open while this process writes to it (hold)
         settings = asdict(cfg) | {"model": cfg.input_model(stage), "reward": cfg.reward_path()}
         self.data = {k: digest(settings[k]) for k in READ_BY[stage] if k in PATHS}
         settings |= {k: self.relative(settings[k]) for k in PATHS}
@@ -443,21 +443,23 @@ class Run:
     def hold(self):
         """Keep other processes from writing to the folder until this one ends, however it ends, or releases it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.held is not None or not fcntl:
+        if self.folder.resolve() in self.held or not fcntl:
             return
-        self.held = os.open(self.folder, os.O_RDONLY)
+        descriptor = os.open(self.folder, os.O_RDONLY)
         try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(descriptor)
             raise ValueError(f"another process is writing to {self.folder}: wait for it, or choose another --out"
                              ) from None
         except OSError:
             pass                 # (a file system that knows no locks)
+        self.held[self.folder.resolve()] = descriptor
 
     def release(self):
-        if self.held is not None:
-            os.close(self.held)
-            self.held = None
+        """Let others write to the folder."""
+        if self.folder.resolve() in self.held:
+            os.close(self.held.pop(self.folder.resolve()))
 
     def open(self):
         """Make the folder, or cut the records of an earlier try back to its checkpoint. -> checkpoint or None.

@@ -945,14 +945,19 @@ def test_a_run_folder_behind_a_link_finds_its_inputs(tiny, tmp_path):
 
 
 def test_a_run_folder_is_one_processs_at_a_time(tiny, tmp_path):
-    """The same command twice at once, as it is typed in two windows: their records would be mixed."""
-    first, second = (train.Run(train.parse(ppo_flags(tiny, tmp_path / "run")), "ppo") for _ in range(2))
-    first.hold(), first.hold()
+    """The same command twice at once, as it is typed in two windows: their records would be mixed. The other is let in when
+    the first ends, or is killed. Within one process a folder can be opened again."""
+    flags = ppo_flags(tiny, tmp_path / "run")
+    run = train.Run(train.parse(flags), "ppo")
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import sys, train; train.Run(train.parse(sys.argv[1:]), 'ppo').hold(); print('held', flush=True); "
+         "input()", *flags], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match="another process is writing to .*run: wait for it, or choose another --out"):
-        second.hold()
-    os.close(first.held)                                                # as the end of a process does, whatever ends it
-    second.held = None
-    second.hold()
+        run.hold()
+    other.kill(), other.communicate()
+    run.hold(), run.hold(), train.Run(train.parse(flags), "ppo").hold()
+    run.release(), run.release(), run.hold(), run.release()
 
 
 @pytest.mark.parametrize("name, message", [("prompts", "made with other content of .*mine.json"), (None, None)])
