@@ -616,6 +616,8 @@ def start_processes():
     settings = {"backend": backend, "timeout": timedelta(hours=2)}
     if backend == "nccl":
         settings["device_id"] = torch.device("cuda", local)      # left to guess, barriers warn
+    if dist.is_initialized():                                    # by an earlier call here, which a mistake has ended
+        dist.destroy_process_group()
     if "WORLD_SIZE" not in os.environ:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**settings)

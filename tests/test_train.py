@@ -960,6 +960,17 @@ def test_a_run_folder_is_one_processs_at_a_time(tiny, tmp_path):
     run.release(), run.release(), run.hold(), run.release()
 
 
+def test_a_call_after_one_that_a_mistake_has_ended(tiny, tmp_path, capsys):
+    """In one process, as in a notebook: weights that cannot be read end the first call when its processes have started."""
+    shutil.copytree(tiny / "sft", tmp_path / "sft")
+    (tmp_path / "sft" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(SystemExit):
+        train.main(ppo_flags(tiny, tmp_path / "run", model=tmp_path / "sft", steps=1))
+    assert torch.distributed.is_initialized() and "truncated?" in capsys.readouterr().err
+    train.main(ppo_flags(tiny, tmp_path / "run", steps=1))
+    assert (tmp_path / "run" / "finished.json").is_file() and not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize("name, message", [("prompts", "made with other content of .*mine.json"), (None, None)])
 def test_data_that_were_edited_since_are_other_data(tiny, tmp_path, name, message):
     """The path is the same, the rows are not: neither a continued run nor a finished one is that of these rows."""
