@@ -254,7 +254,7 @@ def check_trunks(folder, **trunks):
     """ValueError if a finished run was trained on other weights than those that its inputs hold now."""
     about = read_json(folder / "finished.json") if (folder / "finished.json").is_file() else {}
     known = about.get("trunks") if isinstance(about, dict) else None
-    for name, before in zip(("model", "reward"), known or []):
+    for name, before in zip(("model", "reward"), known if isinstance(known, list) else []):
         if name in trunks and fingerprint(trunks[name]) != before:
             raise ValueError(f"{folder} was trained with other weights than its --{name} holds now "
                              f"({ppo_settings(folder)[name]!r} from there): run its ppo stage again (--redo ppo)")
@@ -459,7 +459,7 @@ def outcome(folder):
         reference = evals[-1]["reference"] if evals else {}
     with as_written(folder / "metrics.jsonl"):
         shown = [row for i, row in enumerate(metrics) if i % 4 == 0 or i == len(metrics) - 1]
-        training = {key: [float(row[key]) for row in shown] for key in ("step", *dict(TRAINING))}
+        training = {key: [row[key] + 0 for row in shown] for key in ("step", *dict(TRAINING))}
     return compact({"seed": settings["seed"], "settings": settings, "wins": won, "curve": curve,
                     "reference": reference, "training": training})
 

@@ -16,7 +16,7 @@ AlpacaFarm's released reward model has seen text without EOS, so a final EOS is 
 """
 import math
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -424,8 +424,9 @@ def check_reward_model(path, tokenizer, policy_config):
     else:
         config = hf_config(about, path)
         tokenizer.check_fits(config.vocab_size, path)
-    if not is_adapter(path) and any((path / name).is_file() for name in WEIGHT_FILES):
-        reward_readers(path)
+    if not is_adapter(path):
+        with suppress(FileNotFoundError):      # (a dry run needs no weights)
+            reward_readers(path)
     tokenizer.check_against(path)
     return config.max_seq_len
 

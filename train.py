@@ -43,6 +43,7 @@ except ImportError:
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional      # (later, its default arguments would keep the process group past its end)
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows, load_preferences,
@@ -343,7 +344,8 @@ def without_effect(cfg, given):
     if cfg.stage in ("sft", "reward"):
         others |= {f.name for f in fields(Config) if f.name.startswith("eval_")} | {"generate_batch"}
     reasons = [(others, f"with --stage {cfg.stage}"),
-               ({"kl_coef"} if cfg.regularizer == "none" else (), "with --regularizer none"),
+               ({"kl_coef", "regularizer_mode", "divergence"} if cfg.regularizer == "none" else (),
+                "with --regularizer none"),
                ({"kl_horizon"} if not cfg.kl_target else (), "without --kl_target"),
                ({"reward_holdout"} if cfg.preference_test else (), "with --preference_test"),
                ({"eval_temperature", "eval_drop_long"} if not cfg.eval_data else (), "without --eval_data"),
@@ -352,14 +354,15 @@ def without_effect(cfg, given):
                 if getattr(cfg, f"{stage}_steps")]
     reasons += [({rank.replace("rank", "alpha"), rank.replace("rank", "dropout")}, f"with --{rank} 0")
                 for rank in RANKS.values() if not getattr(cfg, rank)]
-    return [(name, reason) for name in given if given[name] for names, reason in reasons if name in names]
+    found = {name: next((why for names, why in reasons if name in names), None) for name in given if given[name]}
+    return [(name, why) for name, why in found.items() if why]
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
 
-WRITTEN = ("config.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "checkpoint.pt", "finished.json",
-           "eval.json", "policy", "tokenizer.model", "model.safetensors", "adapter_config.json",
-           "adapter_model.safetensors", "reward_head.safetensors")
+WRITTEN = ("finished.json", "metrics.jsonl", "samples.jsonl", "evals.jsonl", "checkpoint.pt", "eval.json", "policy",
+           "tokenizer.model", "model.safetensors", "adapter_config.json", "adapter_model.safetensors",
+           "reward_head.safetensors", "config.json")      # in the order in which they are set aside
 
 
 class Run:
@@ -409,10 +412,14 @@ class Run:
         if before.get("stage") != self.stage:
             raise ValueError(f"{self.folder} holds something that is not a run of stage {self.stage}: "
                              "choose another --out")
-        other = [f"{k} {before.get(k)!r} (now {v!r})" for k, v in self.settings.items() if not self.same(k, before)]
-        known = read_json(self.folder / "config.json").get("data") or {}
-        other = other or [f"other content of {getattr(self.cfg, k)}" for k, now in self.data.items()
-                          if now and known.get(k, now) != now]
+        known = read_json(self.folder / "config.json").get("data")
+        known = known if isinstance(known, dict) else {}
+        moved = [k for k, now in self.data.items() if now and known.get(k) == now]      # (or not: it is the same file)
+        other = [f"{k} {before.get(k)!r} (now {v!r})" for k, v in self.settings.items()
+                 if k not in moved and not self.same(k, before)]
+        if not other:
+            other = [f"other content of {getattr(self.cfg, k)}" for k, now in self.data.items()
+                     if now and known.get(k, now) != now]
         if other:
             raise ValueError(f"{self.folder} was made with {', '.join(other)}: "
                              f"give the same, another --out, or --redo {self.stage}")
@@ -465,24 +472,28 @@ class Run:
         """Make the folder, or cut the records of an earlier try back to its checkpoint. -> checkpoint or None.
 
         The models have been read by now: a mistake in their files has set nothing aside."""
-        if is_main():
+        def make_room():
             for run in (self, *self.replaced):
                 run.hold()
+            if self.finished and self not in self.replaced:
+                raise ValueError(f"another process has finished {self.folder} meanwhile: give the command again")
             for run in self.replaced:
                 run.set_aside()
-        dist.barrier()
+
+        def begin():
+            write_json(self.folder / "config.json", {"run": self.settings, "data": self.data})
+            for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+                cut_lines(self.folder / name, checkpoint["step"] if checkpoint else 0)
+
+        first_does(make_room)
         checkpoint = self.read_checkpoint()
         steps = gather(checkpoint and checkpoint["step"])
         if len(set(steps)) > 1:
             raise ValueError(f"the processes see different checkpoints in {self.folder} (steps {steps}): "
                              "--out must be a shared folder")
-        if is_main():
-            write_json(self.folder / "config.json", {"run": self.settings, "data": self.data})
-            for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
-                cut_lines(self.folder / name, checkpoint["step"] if checkpoint else 0)
+        first_does(begin)
         if checkpoint:
             say(f"{self.stage}: continuing after step {checkpoint['step']} of {self.folder}")
-        dist.barrier()
         return checkpoint
 
     def read_checkpoint(self):
@@ -519,7 +530,8 @@ class Run:
         if is_main():
             write_json(self.folder / "finished.json", summary)
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "previous", ignore_errors=True)
+            for name in ("previous", "previous.part"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         shares = f" ({shares_of(summary['phases'])})" if "phases" in summary else ""
         say(f"{self.stage}: {summary['steps']} steps in {clock(summary['seconds'])}{shares}, "
             f"written to {self.folder}\n")
@@ -529,15 +541,21 @@ class Run:
         """--redo: move what this stage has written to a subfolder `previous`, which goes when the stage is finished
         again. A try that was not finished takes no finished result's place there: it goes."""
         previous, moving = self.folder / "previous", self.folder / "previous.part"
-        written = [f for f in (self.folder / n for n in WRITTEN) if f.exists()]
-        if moving.exists() or written and (self.finished or not (previous / "finished.json").is_file()):
-            moving.mkdir(exist_ok=True)      # (if it is there, a kill has come between: the rest follows)
-            for file in written:
-                os.replace(file, moving / file.name)
+
+        def rename():
             shutil.rmtree(previous, ignore_errors=True)
             os.replace(moving, previous)
-        for file in written:
-            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+        if (moving / WRITTEN[-1]).exists():      # (a kill came before the last step)
+            rename()
+        written = [f for f in (self.folder / n for n in WRITTEN) if f.exists()]
+        if moving.exists() or written and (self.finished or not (previous / "finished.json").is_file()):
+            moving.mkdir(exist_ok=True)          # (if it is there, a kill has come between: the rest follows)
+            for file in written:
+                os.replace(file, moving / file.name)
+            rename()
+        else:
+            for file in written:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def check_redo(self):
         """Refuse to redo what this stage has not made."""
@@ -640,6 +658,19 @@ def gather(local):
     parts = [None] * world_size()
     dist.all_gather_object(parts, local)
     return parts
+
+
+def first_does(action):
+    """The first process does it, while the others wait; what it refuses, all refuse."""
+    refused = None
+    if is_main():
+        try:
+            action()
+        except (ValueError, OSError) as e:
+            refused = e
+    refused = gather(refused)[0]
+    if refused:
+        raise refused
 
 
 class Stopper:
@@ -865,7 +896,7 @@ def sft(run, inputs, device, stopper):
     if not full:
         merge_lora(model, "sft")
     if is_main():
-        save_llama(model.to(dtype), run.folder, run=run.settings)
+        save_llama(model.to(dtype), run.folder, run=run.settings, data=run.data)
         shutil.copy(inputs.tokenizer.path, run.folder / "tokenizer.model")
     run.finish(steps=steps, seconds=round(seconds, 1))
 
@@ -905,7 +936,7 @@ def reward(run, inputs, device, stopper):
     if is_main():
         if full:
             trunk.to(dtype)
-        save_reward_model(model, run.folder, run=run.settings)
+        save_reward_model(model, run.folder, run=run.settings, data=run.data)
         shutil.copy(inputs.tokenizer.path, run.folder / "tokenizer.model")
     say(accuracy_report(accuracy))
     run.finish(steps=steps, seconds=round(seconds, 1), accuracy=accuracy)
@@ -1165,6 +1196,7 @@ def evaluation(cfg, inputs, net, reward_model, earlier=None):
 def final_evaluation(run, inputs, device):
     """Read the finished run back from its files, evaluate it, keep the records."""
     with mistakes_in_one_line():
+        first_does(run.hold)                # (or another command could replace the policy meanwhile)
         net, reward_model, _ = load_run(run.folder, device, run.cfg.trunk_dtype(device))
     start = time.time()
     records = evaluation(run.cfg, inputs, net, reward_model)
@@ -1434,7 +1466,8 @@ def main(argv=None):
         for run in runs.values():
             run.release()
     if is_main() and "ppo" in runs and (runs["ppo"].folder / "eval.json").is_file():
-        print(report(runs["ppo"].folder))
+        with mistakes_in_one_line():
+            print(report(runs["ppo"].folder))
     say(f"done in {clock(time.time() - started)}{f' ({shares_of(spent)})' if len(spent) > 1 else ''}: {cfg.out}")
     dist.destroy_process_group()
 

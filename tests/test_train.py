@@ -698,6 +698,8 @@ def test_bad_input_is_one_clear_line_and_status_2(tiny, tmp_path, capsys, flags,
 @pytest.mark.parametrize("flags, said", [
     ([], []), (["--kl_coef=0.2", "--sft_lr=1e-3", "--lora_alpha=8"], []), (["--stage=sft", "--lr=1e-3", "--steps=3"], []),
     (["--regularizer=none", "--kl_coef=0"], []), (["--regularizer=none", "--kl_coef=0.2"], ["kl_coef", "with --regularizer none"]),
+    (["--stage=sft", "--regularizer=none", "--kl_coef=0.2", "--regularizer_mode=reward"], None),
+    (["--regularizer=none", "--divergence=sampled"], ["divergence", "with --regularizer none"]),
     (["--stage=sft", "--clip=0.1"], ["clip", "with --stage sft"]), (["--stage=ppo", "--max_len=80"], ["max_len", "with --stage ppo"]),
     (["--stage=reward", "--eval_every=5"], ["eval_every", "with --stage reward"]),
     (["--kl_horizon=500"], ["kl_horizon", "without --kl_target"]), (["--kl_horizon=500", "--kl_target=3"], []),
@@ -709,7 +711,11 @@ def test_bad_input_is_one_clear_line_and_status_2(tiny, tmp_path, capsys, flags,
     (["--stage=ppo", "--eval_data=", "--eval_temperature=1"], ["eval_temperature", "without --eval_data"])])
 def test_a_setting_without_effect_is_said(capsys, flags, said):
     train.parse(flags)
-    assert capsys.readouterr().out == (f"note: --{said[0]} has no effect {said[1]}\n" if said else "")
+    out = capsys.readouterr().out
+    if said is None:                                          # (several: each once, by its first reason)
+        assert out.splitlines() == [f"note: {flag.split('=')[0]} has no effect with --stage sft" for flag in flags[1:]]
+    else:
+        assert out == (f"note: --{said[0]} has no effect {said[1]}\n" if said else "")
 
 
 def test_another_setting_for_an_existing_run_is_refused(tiny, whole_run, capsys):
@@ -772,23 +778,38 @@ def test_a_second_try_keeps_the_result_that_the_first_has_set_aside(tmp_path):
     assert (run.folder / "previous" / "finished.json").read_text() == "fourth"
 
 
-def test_a_kill_while_results_are_set_aside_loses_none_of_them(tmp_path, monkeypatch):
-    """The third file is not moved any more: the next try moves it, and the rest, beside the first two."""
-    run, move, names = train.Run(train.parse([f"--out={tmp_path}"]), "ppo"), os.replace, []
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_kill_while_results_are_set_aside_loses_none_of_them(tmp_path, monkeypatch, at):
+    """Of four files and the rename: what is left is a run that is not finished, and the next try moves the rest."""
+    flags, files = [f"--out={tmp_path}"], ("config.json", "metrics.jsonl", "finished.json", "eval.json")
+    run, move, moves = train.Run(train.parse(flags), "ppo"), os.replace, []
     run.folder.mkdir(parents=True)
-    for name in ("config.json", "metrics.jsonl", "finished.json", "eval.json"):
-        (run.folder / name).write_text(name)
+    for name in files:
+        (run.folder / name).write_text(json.dumps({"run": run.settings, "of": name}))
 
     def killed(*paths):
-        names.append(paths)
-        return move(*paths) if len(names) != 3 else 1 / 0
+        moves.append(paths)
+        return move(*paths) if len(moves) != at else 1 / 0
     monkeypatch.setattr(train.os, "replace", killed)
     with pytest.raises(ZeroDivisionError):
         run.set_aside()
+    run.check_redo()
+    assert run.finished == (at == 1) == run.check()
     run.set_aside()
-    kept = {p.name: p.read_text() for p in (run.folder / "previous").iterdir()}
-    assert kept == {n: n for n in ("config.json", "metrics.jsonl", "finished.json", "eval.json")}
-    assert [p.name for p in run.folder.iterdir()] == ["previous"]
+    kept = {p.name: json.loads(p.read_text())["of"] for p in (run.folder / "previous").iterdir()}
+    assert kept == {name: name for name in files} and [p.name for p in run.folder.iterdir()] == ["previous"]
+
+
+def test_a_result_that_another_process_made_meanwhile_is_not_run_over(tmp_path):
+    """Both commands began when there was none; the other held the folder first, and has left it finished."""
+    run = train.Run(train.parse([f"--out={tmp_path}"]), "sft")
+    run.folder.mkdir()
+    (run.folder / "finished.json").write_text("{}")
+    (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="another process has finished .*sft meanwhile: give the command again"):
+        run.open()
+    assert (run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    run.release()
 
 
 def test_a_redo_that_cannot_begin_has_moved_nothing(tiny, tmp_path, capsys):
@@ -971,6 +992,55 @@ def test_a_call_after_one_that_a_mistake_has_ended(tiny, tmp_path, capsys):
     assert (tmp_path / "run" / "finished.json").is_file() and not torch.distributed.is_initialized()
 
 
+def test_what_the_first_process_refuses_all_refuse(tiny, tmp_path):
+    """Under torchrun: one line, not the others' traceback about a process that is gone."""
+    run = train.Run(train.parse(ppo_flags(tiny, tmp_path / "run")), "ppo")
+    run.hold()
+    process = launch(ppo_flags(tiny, tmp_path / "run"), processes=2)
+    err = process.communicate(timeout=300)[1]
+    run.release()
+    assert process.returncode and err.count("train.py: error: another process is writing to") == 1 and "[rank1]" not in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_no_thread_outlives_the_process_group(tiny, tmp_path):
+    """One that lets go of its last tensor while Python ends, kills the process when all work is done. torch's own module
+    torch.distributed.nn.functional keeps a group in its default arguments if it is imported when there is one."""
+    finish(launch(ppo_flags(tiny, tmp_path / "run", steps=1)))
+    program = ("import os, sys, train; train.main(sys.argv[1:]); "
+               "print([open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')])")
+    out = subprocess.run([sys.executable, "-c", program, *ppo_flags(tiny, tmp_path / "run", steps=1, redo="eval"),
+                          f"--eval_data={few_questions(tmp_path)}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "gloo" not in out.splitlines()[-1], out.splitlines()[-1]
+
+
+def few_questions(folder):
+    """Three rows of the toy world's evaluation, as a file."""
+    (folder / "few.json").write_text(json.dumps(json.loads((ROOT / "toy" / "test.json").read_text())[:3]))
+    return folder / "few.json"
+
+
+@pytest.mark.parametrize("stage, name, row", [
+    ("sft", "sft_data", {"instruction": "Who is Mira?", "output": "A painter."}),
+    ("reward", "preference_data", {"instruction": "Who is Mira?", "output_1": "A painter.", "output_2": "No", "preference": 1})])
+def test_a_finished_stage_knows_its_data(tiny, tmp_path, stage, name, row):
+    """By their content: the same file under another name is the same, other rows under the same name are not."""
+    rows, more = tmp_path / "mine.json", {"preference_test": tmp_path / "test.json"} if stage == "reward" else {}
+    for file in (rows, *more.values()):
+        file.write_text(json.dumps([row]))
+    flags = lambda **given: [f"--{k}={v}" for k, v in ({"stage": stage, "model": tiny / "sft", "out": tmp_path / "run", "steps": 1,
+                                                        "max_len": 100, name: rows} | more | given).items()]
+    train.main(flags())
+    rows = rows.rename(tmp_path / "yours.json")
+    assert train.Run(train.parse(flags()), stage).check()
+    rows.write_text(rows.read_text().replace("Mira", "Ada"))
+    with pytest.raises(ValueError, match=f"was made with {name} .*mine.json"):
+        train.Run(train.parse(flags()), stage).check()
+    rows = rows.rename(tmp_path / "mine.json")
+    with pytest.raises(ValueError, match="was made with other content of .*mine.json"):
+        train.Run(train.parse(flags()), stage).check()
+
+
 @pytest.mark.parametrize("name, message", [("prompts", "made with other content of .*mine.json"), (None, None)])
 def test_data_that_were_edited_since_are_other_data(tiny, tmp_path, name, message):
     """The path is the same, the rows are not: neither a continued run nor a finished one is that of these rows."""
@@ -1081,6 +1151,10 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "5 steps of 8 from 720 rows" in out and "one trunk:" in out and "two trunks (this run):" in out and "KV cache" in out
     assert sorted(tmp_path.rglob("*")) == before and not torch.distributed.is_initialized()
+    shutil.copytree(tiny / "reward", tmp_path / "reward")
+    (tmp_path / "reward" / "model.safetensors").unlink()
+    (tmp_path / "reward" / "model.safetensors.index.json").write_text('{"weight_map": {"reward_head.weight": "1.safetensors"}}')
+    train.main([*flags, "--dry_run", f"--reward={tmp_path / 'reward'}"])
     for flag, message in ((f"--reward={tiny / 'sft'}", "is it a language model"), ("--prompts=nowhere.json", "nowhere.json")):
         with pytest.raises(SystemExit):
             train.main([*flags, "--dry_run", flag])
