@@ -201,8 +201,9 @@ def run_settings(folder):
 
 def ppo_settings(folder):
     """run_settings of a PPO run. ValueError if it is none."""
-    run, needed = run_settings(folder), ("model", "reward", "lora_rank", "lora_alpha", "regularizer", "steps", "seed")
-    if run.get("stage") != "ppo" or any(key not in run for key in needed):
+    run, needed = run_settings(folder), {"model": str, "reward": str, "lora_rank": int, "lora_alpha": (int, float),
+                                         "regularizer": str, "steps": int, "seed": int}
+    if run.get("stage") != "ppo" or not all(isinstance(run.get(key), kind) for key, kind in needed.items()):
         raise ValueError(f"{folder}/config.json does not describe a PPO run")
     return run
 

@@ -301,11 +301,13 @@ SETTINGS = {"stage": "ppo", "model": "../m", "reward": "../r", "lora_rank": 8, "
 
 @pytest.mark.parametrize("command, file, content, message", [
     *((command, "config.json", content, "does not describe a PPO run") for command in ("figures", "generate")
-      for content in ([], None, {"run": 5}, {"run": {"stage": "ppo"}}, {"run": {"stage": "sft"}})),
+      for content in ([], None, {"run": 5}, {"run": {"stage": "ppo"}}, {"run": {"stage": "sft"}}, {"run": SETTINGS | {"model": 5}},
+                      {"run": SETTINGS | {"steps": None}})),
     *(("table", "eval.json", content, "holds no records of an evaluation")
       for content in ([], {}, None, {"records": []}, {"records": [{"index": 0}]})),
     *(("table", "eval.json", {"records": [{"instruction": "?", "reference": x, "before": x, "after": x}]},
        "eval.json is not as this project writes it") for x in (None, {}, {"text": "!"})),
+    ("figures", "metrics.jsonl", {"step": 1} | {k: "x" for k, _ in evaluation.TRAINING}, "metrics.jsonl is not as this project"),
     ("figures", "metrics.jsonl", {"step": 1}, "metrics.jsonl is not as this project writes it"),
     ("figures", "evals.jsonl", {"step": 1}, "evals.jsonl is not as this project writes it"),
     ("figures", "metrics.jsonl", {"a": 1}, "metrics.jsonl holds a line that is no record of a step"),
