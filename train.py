@@ -43,7 +43,9 @@ except ImportError:
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional      # (later, its default arguments would keep the process group past its end)
+# torch imports this by itself when a model is made; after init_process_group its default arguments would keep the
+# group, and with it threads that can crash a process which has done all its work
+import torch.distributed.nn.functional
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows, load_preferences,
