@@ -1,4 +1,4 @@
-"""Text in, ids out: tokenizer, AlpacaFarm's prompt template, the three kinds of data files, batching.
+"""Text in, ids out: prompt template, tokenizer, the three kinds of data files, batches.
 
 Legend   B batch, T tokens (prompt + response, right-padded), R response tokens
 
@@ -6,18 +6,17 @@ How a row is laid out, and which state predicts which token (prompt of 3 ids, re
 
     index           0     1     2     3     4     5     6
     tokens         BOS    p     p     a     b    EOS   (pad)
-    predicted by          0     1     2     3     4              the state at index i predicts the token at index i + 1
-    response_mask               (B, R):    [T     T     T     F]   columns count response tokens;
-                                                                   True up to and with EOS
+    predicted by          0     1     2     3     4        the state at index i predicts i + 1
+    response_mask               (B, R):    [T     T     T     F]    True up to and with EOS
 
 Decisions:
-1. Prompt and response are encoded apart and joined. Encoded together, ":" merges with the first character of some
-   answers, and the model would be trained on prompts that it never sees when it is asked.
-2. The response is encoded *without* sentencepiece's dummy prefix: no space after "### Response:", as released models
-   expect. So decode(prompt ids + response ids) is exactly the text.
+1. Prompt and response are encoded apart and joined. Encoded together, ":" merges with the first
+   character of some answers, and the model would be trained on prompts that it never sees when asked.
+2. The response is encoded *without* sentencepiece's dummy prefix: no space after "### Response:", as
+   released models expect. So decode(prompt ids + response ids) is exactly the text.
 3. Nothing is re-tokenised later: what was sampled as ids is scored as ids.
 """
-import math
+import os
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,234 +25,273 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from model import pad_right, parse_json, read_json, read_text
+from model import InputError, pad_right, parse_json, read_json, read_text, refuse_lfs_pointer
 
-PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-                "Write a response that appropriately completes the request.\n\n"
-                "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-PROMPT_NO_INPUT = ("Below is an instruction that describes a task. "
-                   "Write a response that appropriately completes the request.\n\n"
-                   "### Instruction:\n{instruction}\n\n### Response:")
+PROMPT_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+PROMPT_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:")
 
 
 def format_prompt(instruction, input=""):
-    """AlpacaFarm's prompt (its prompts/v0_inputs_noinputs.json): two templates, with and without an input."""
+    """AlpacaFarm's prompt (its prompts/v0_inputs_noinputs.json): two templates."""
     template = PROMPT_INPUT if input else PROMPT_NO_INPUT
     return template.format(instruction=instruction, input=input)
 
 
 class Tokenizer:
-    """A sentencepiece model. pad_id is -1 where there is none (LLaMA): nothing relies on a pad id, masks decide."""
+    """A sentencepiece model. pad_id is -1 where there is none (LLaMA): masks decide, not the pad."""
 
-    # Two more bytes of the file's normalizer_spec (field 3): add_dummy_prefix (its field 3) = false. In protobuf the
-    # later value of a field wins, so appending this to the file's bytes is a second tokenizer without the prefix.
+    # Two more bytes of the file's normalizer_spec (field 3): add_dummy_prefix (its field 3) = false. In
+    # protobuf the later value of a field wins: appended, they make a second tokenizer without prefix.
     NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}: expected a sentencepiece file such as tokenizer.model")
+            raise InputError(f"no tokenizer at {path}: expected a sentencepiece file, tokenizer.model")
+        refuse_lfs_pointer(path)
         proto = self.path.read_bytes()
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            self.sp_response = sentencepiece.SentencePieceProcessor(model_proto=proto + self.NO_DUMMY_PREFIX)
+            self.sp_response = sentencepiece.SentencePieceProcessor(
+                model_proto=proto + self.NO_DUMMY_PREFIX)
         except RuntimeError:
-            raise ValueError(f"{path} is not a sentencepiece model") from None
-        self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
-        self.pad_id, self.unk_id = self.sp.pad_id(), self.sp.unk_id()
+            raise InputError(f"{path} is not a sentencepiece model") from None
+        self.vocab_size, self.pad_id, self.unk_id = len(self.sp), self.sp.pad_id(), self.sp.unk_id()
+        self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{path} has no piece for {'the end (EOS)' if self.eos_id < 0 else 'the beginning (BOS)'} "
-                             "of a text: expected a tokenizer with both, such as LLaMA's")
+            raise InputError(f"{path} has no piece for the beginning (BOS) or the end (EOS) of a "
+                             "text: expected a tokenizer with both, such as LLaMA's")
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text as the tokenizer's file has it (LLaMA's puts a space in front)."""
-        return [self.bos_id] * bos + self.sp.encode(text) + [self.eos_id] * eos
+        ids = self.sp.encode(text)
+        if bos:
+            ids = [self.bos_id] + ids
+        if eos:
+            ids = ids + [self.eos_id]
+        return ids
 
-    def encode_response(self, text, eos=True):
-        """Ids of a text that continues another: no space in front; with EOS at the end."""
-        return self.sp_response.encode(text) + [self.eos_id] * eos
+    def encode_response(self, text):
+        """Ids of a text that continues another: no space in front, EOS at the end."""
+        return self.sp_response.encode(text) + [self.eos_id]
 
     def decode(self, ids):
         """The text of whole sequences; control ids (BOS, EOS) are silent."""
-        return self.sp.decode([int(i) for i in ids])
+        return self.sp.decode(ids)
 
     def decode_response(self, ids):
         """The text of a response alone: a space that it begins with is kept."""
-        return self.sp_response.decode([int(i) for i in ids])
+        return self.sp_response.decode(ids)
 
     def banned_ids(self, model_vocab_size):
-        """Ids that a model must never sample: PAD, BOS, UNK,
-        and rows beyond this tokenizer (embeddings may have more)."""
-        return (sorted({self.pad_id, self.bos_id, self.unk_id} - {-1, self.eos_id})
-                + list(range(self.vocab_size, model_vocab_size)))
+        """Ids that a model must never sample: PAD, BOS, UNK, and its rows beyond this tokenizer."""
+        special = {self.pad_id, self.bos_id, self.unk_id} - {-1, self.eos_id}
+        return sorted(special) + list(range(self.vocab_size, model_vocab_size))
 
-    @property
-    def has_user_defined_pieces(self):
-        """Whether some pieces were given rather than learned:
-        they alone have the score +0 (a learned one has -0 or less)."""
-        sp = self.sp
-        return any(math.copysign(1, sp.get_score(i)) > 0 and not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))
-                   for i in range(self.vocab_size))
-
-    def check_same(self, path):
-        """ValueError if another tokenizer's file gives ids of this one another meaning."""
-        other = Tokenizer(path)
-        differ = next((i for i in range(min(self.vocab_size, other.vocab_size))
-                       if self.sp.id_to_piece(i) != other.sp.id_to_piece(i)), None)
-        if differ is not None:
-            raise ValueError(f"id {differ} is {self.sp.id_to_piece(differ)!r} in {self.path} but "
-                             f"{other.sp.id_to_piece(differ)!r} in {path}: the models have different tokenizers")
-
-    def check_against(self, folder):
-        """check_same with the tokenizer that lies in a model's folder, if one does."""
-        if (Path(folder) / "tokenizer.model").is_file():
-            self.check_same(Path(folder) / "tokenizer.model")
-
-    def check_fits(self, model_vocab_size, model_path):
-        """ValueError if this tokenizer has ids that the model has no embedding for."""
-        if self.vocab_size > model_vocab_size:
-            raise ValueError(f"{self.path} has {self.vocab_size} pieces but {model_path} only {model_vocab_size} "
+    def check_model(self, folder, vocab_size):
+        """InputError if the model in a folder, of so many embeddings, has another tokenizer."""
+        folder = Path(folder)
+        if self.vocab_size > vocab_size:
+            raise InputError(f"{self.path} has {self.vocab_size} pieces but {folder} only {vocab_size} "
                              "embeddings: this tokenizer belongs to another model")
+        beyond = [i for i in model_eos_ids(folder) if i >= self.vocab_size]
+        if beyond:
+            raise InputError(f"{folder} ends its answers with id {beyond[0]}, which {self.path} "
+                             f"({self.vocab_size} pieces) does not have: give the tokenizer.model that "
+                             f"has it, or write {self.eos_id} as eos_token_id into its json files")
+        if (folder / "tokenizer.model").is_file():
+            other = Tokenizer(folder / "tokenizer.model")
+            for i in range(min(self.vocab_size, other.vocab_size)):
+                if self.sp.id_to_piece(i) != other.sp.id_to_piece(i):
+                    raise InputError(f"id {i} is {self.sp.id_to_piece(i)!r} in {self.path} but "
+                                     f"{other.sp.id_to_piece(i)!r} in {other.path}: other tokenizers")
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+def model_eos_ids(folder):
+    """The ids that end a text, as a Hugging Face folder says (old LLaMA configs say 1, which means
+    nothing: only ids beyond the tokenizer are of interest)."""
+    ids = []
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        if file.is_file():
+            said = read_json(file).get("eos_token_id")
+            ids += said if isinstance(said, list) else [said]
+    return [i for i in ids if isinstance(i, int)]
+
+
+# ----------------------------------------------------------------------------------------- files
+
+def note(n, what):
+    """Say what has been done to n of the user's rows (once, by the first process)."""
+    if n and os.environ.get("RANK", "0") == "0":
+        print(f"note: {n} {what}", flush=True)
+
 
 def read_rows(path):
-    """Rows (dictionaries) of a JSON list or of JSON lines, UTF-8. ValueError names the file and the line or row."""
+    """Rows of a JSON list, or of JSON lines (*.jsonl): a non-empty list of dictionaries."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no data file at {path}")
+        raise InputError(f"no data file at {path}")
     if path.suffix == ".jsonl":
         lines = enumerate(read_text(path).split("\n"), 1)
-        rows = [parse_json(line, path, number) for number, line in lines if line.strip()]
+        rows = [parse_json(line, f"{path}, line {n}") for n, line in lines if line.strip()]
     else:
-        rows = read_json(path)
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected a non-empty list of rows, "
-                         f"got {'an empty list' if rows == [] else type(rows).__name__}")
+        rows = read_json(path, list)
+    odd = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
+    if odd or not rows:
+        got = f"row {odd[0]} is a {type(rows[odd[0]]).__name__}" if odd else "there is none"
+        raise InputError(f"{path}: expected rows such as {{\"instruction\": ..}}, but {got}")
     return rows
 
 
 def text_field(row, key, where, default=None):
-    """row[key], which must be a string (absent: the default, if there is one)."""
-    value = row.get(key, default) if isinstance(row, dict) else None
-    value = default if value is None else value
+    """row[key], which must be a text (absent or null: the default, if there is one)."""
+    value = row.get(key)
+    if value is None and default is not None:
+        return default
     if not isinstance(value, str):
-        got = "no such field" if not isinstance(row, dict) or key not in row else f"{type(value).__name__} {value!r}"
-        raise ValueError(f"{where}: expected a text in '{key}', got {got}")
-    lone = next((c for c in value if 0xD800 <= ord(c) <= 0xDFFF), None) if not value.isascii() else None
-    if lone:
-        raise ValueError(f"{where}: '{key}' holds half a character ({lone!r}, a lone surrogate at "
-                         f"{value.index(lone)}): no tokenizer can read it; mend or remove the row")
+        raise InputError(f"{where}: expected a text in '{key}', got {type(value).__name__}")
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+        raise InputError(f"{where}: '{key}' holds half a character (a lone surrogate), which no "
+                         "tokenizer can read: mend or remove the row")
     return value
 
 
-def prompt_of(row, where):
-    """The formatted prompt of a row with `instruction` and perhaps `input`."""
+def prompt_ids(tokenizer, row, where):
+    """The formatted prompt of a row with `instruction` and perhaps `input`, as ids."""
     instruction = text_field(row, "instruction", where)
     if not instruction.strip():
-        raise ValueError(f"{where}: 'instruction' is empty")
-    return format_prompt(instruction, text_field(row, "input", where, default=""))
+        raise InputError(f"{where}: 'instruction' is empty")
+    prompt = format_prompt(instruction, text_field(row, "input", where, default=""))
+    return tokenizer.encode(prompt, bos=True)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer, as ids; the answer ends with EOS unless it was too long and lost its tail."""
+    """A prompt and its answer, as ids; the answer ends with EOS unless it lost its tail."""
     prompt: list
     response: list
+
+    def __len__(self):
+        return len(self.prompt) + len(self.response)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, the better one named by people or by an annotator."""
+    """Two answers to one prompt, as ids, the better one named by people or by an annotator."""
     prompt: list
     chosen: list
     rejected: list
-    row: dict
+    flaw: str            # what is known to be wrong with the worse one (the toy world's rows say it)
+
+    def __len__(self):
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 def load_sft(path, tokenizer, max_len):
-    """instruction / input / output rows -> Examples of at most max_len tokens (the head is kept), how many of them were
-    cut, and how many rows were left out, since their prompt alone fills max_len: nothing is to be learnt from them."""
+    """instruction / input / output rows -> Examples of at most max_len tokens (the head is kept)."""
     examples, cut, rows = [], 0, read_rows(path)
     for i, row in enumerate(rows):
-        where = f"{path}, row {i}"
-        prompt = tokenizer.encode(prompt_of(row, where), bos=True)
-        response = tokenizer.encode_response(text_field(row, "output", where))
+        prompt = prompt_ids(tokenizer, row, f"{path}, row {i}")
+        response = tokenizer.encode_response(text_field(row, "output", f"{path}, row {i}"))
         room = max_len - len(prompt)
         if room > 0:
             examples.append(Example(prompt, response[:room]))
             cut += len(response) > room
     if not examples:
-        raise ValueError(f"{path}: every prompt is longer than {max_len} tokens")
-    return examples, cut, len(rows) - len(examples)
+        raise InputError(f"{path}: every prompt is longer than --max_len {max_len} tokens")
+    note(cut, f"rows of {path} are longer than --max_len {max_len} and lose their tail")
+    note(len(rows) - len(examples), f"rows of {path} are left out: their prompts fill --max_len")
+    note(sum(len(e.response) == 1 for e in examples),
+         f"rows of {path} have an empty output: they teach to say nothing")
+    return examples
+
+
+def better_and_worse(row, where):
+    """The two texts of an output_1 / output_2 / preference row (AlpacaFarm), or chosen / rejected."""
+    if "chosen" in row:
+        return text_field(row, "chosen", where), text_field(row, "rejected", where)
+    outputs = text_field(row, "output_1", where), text_field(row, "output_2", where)
+    preference = row.get("preference")
+    if preference not in (1, 2) or isinstance(preference, bool):
+        raise InputError(f"{where}: 'preference' must be 1 or 2 (the better output), "
+                         f"got {str(preference)[:40]!r}")
+    return outputs if preference == 1 else outputs[::-1]
 
 
 def load_preferences(path, tokenizer, max_len):
-    """output_1 / output_2 / preference rows (AlpacaFarm), or chosen / rejected rows -> Pairs of at most max_len tokens,
-    how many of them were cut, and how many rows were left out, since within max_len their answers do not differ."""
+    """Comparisons -> Pairs of at most max_len tokens (the heads are kept); those that do not differ
+    within max_len are left out."""
     pairs, cut, rows = [], 0, read_rows(path)
     for i, row in enumerate(rows):
-        where = f"{path}, row {i}"
-        prompt = tokenizer.encode(prompt_of(row, where), bos=True)
-        if isinstance(row, dict) and "chosen" in row:
-            texts = text_field(row, "chosen", where), text_field(row, "rejected", where)
-        else:
-            texts = text_field(row, "output_1", where), text_field(row, "output_2", where)
-            preference = row.get("preference")
-            if isinstance(preference, bool) or preference not in (1, 2):
-                raise ValueError(f"{where}: 'preference' must be 1 or 2 (the better output), got {preference!r}")
-            texts = texts if preference == 1 else texts[::-1]
-        answers = [tokenizer.encode_response(t) for t in texts]
+        prompt = prompt_ids(tokenizer, row, f"{path}, row {i}")
+        better, worse = better_and_worse(row, f"{path}, row {i}")
+        chosen, rejected = tokenizer.encode_response(better), tokenizer.encode_response(worse)
         room = max_len - len(prompt)
-        if room > 0 and answers[0][:room] != answers[1][:room]:
-            pairs.append(Pair(prompt, answers[0][:room], answers[1][:room], row))
-            cut += max(map(len, answers)) > room
+        if room > 0 and chosen[:room] != rejected[:room]:
+            pairs.append(Pair(prompt, chosen[:room], rejected[:room], str(row.get("flaw", ""))))
+            cut += max(len(chosen), len(rejected)) > room
     if not pairs:
-        raise ValueError(f"{path}: no pair differs within {max_len} tokens")
-    return pairs, cut, len(rows) - len(pairs)
+        raise InputError(f"{path}: no pair differs within --max_len {max_len} tokens")
+    note(cut, f"pairs of {path} have an answer beyond --max_len {max_len} that loses its tail")
+    note(len(rows) - len(pairs), f"pairs of {path} are left out: they do not differ within --max_len")
+    return pairs
 
 
-def load_prompts(path, tokenizer, prompt_len=None, rows=None):
-    """instruction / input rows (of a file, or given) -> (prompts as ids, their rows, how many were dropped for being
-    over prompt_len tokens)."""
-    rows = read_rows(path) if rows is None else rows
-    prompts = [tokenizer.encode(prompt_of(row, f"{path}, row {i}"), bos=True) for i, row in enumerate(rows)]
-    kept = [i for i, p in enumerate(prompts) if prompt_len is None or len(p) <= prompt_len]
+def load_prompts(path, tokenizer, prompt_len):
+    """instruction / input rows -> prompts of at most prompt_len ids; longer ones are dropped."""
+    rows = read_rows(path)
+    prompts = [prompt_ids(tokenizer, row, f"{path}, row {i}") for i, row in enumerate(rows)]
+    kept = [p for p in prompts if len(p) <= prompt_len]
     if not kept:
-        shortest = min(map(len, prompts))
-        raise ValueError(f"{path}: all {len(prompts)} prompts are longer than --prompt_len {prompt_len} "
-                         f"(the shortest has {shortest} tokens): raise it")
-    return [prompts[i] for i in kept], [rows[i] for i in kept], len(prompts) - len(kept)
+        raise InputError(f"{path}: all {len(prompts)} prompts are longer than --prompt_len {prompt_len} "
+                         f"(the shortest has {min(map(len, prompts))} tokens): raise it")
+    note(len(prompts) - len(kept), f"prompts of {path} are longer than --prompt_len {prompt_len} "
+         "and are dropped")
+    return kept
 
 
-def load_eval_rows(path, tokenizer, prompt_len, drop_long=False):
-    """Rows with instruction, input and a reference output -> the same rows, in order, with `prompt` (ids) added.
+def load_eval_rows(path, tokenizer, room, response_len, drop_long=False):
+    """Rows with instruction, input and a reference output -> the same rows, in order, with their
+    `prompt` and `reference` as ids and their `index` in the file.
 
-    A prompt of more than prompt_len tokens does not fit the model: ValueError, unless drop_long.
-    """
-    rows = [dict(row, prompt=tokenizer.encode(prompt_of(row, f"{path}, row {i}"), bos=True), index=i,
-                 output=text_field(row, "output", f"{path}, row {i}")) for i, row in enumerate(read_rows(path))]
-    fitting = [row for row in rows if len(row["prompt"]) <= prompt_len]
+    A prompt that with response_len more tokens, or with its reference, takes more than `room` positions
+    does not fit the model: InputError, or with drop_long it is left out, counted aloud."""
+    rows = []
+    for i, row in enumerate(read_rows(path)):
+        reference = tokenizer.encode_response(text_field(row, "output", f"{path}, row {i}"))
+        prompt = prompt_ids(tokenizer, row, f"{path}, row {i}")
+        rows.append(row | {"prompt": prompt, "reference": reference, "index": i})
+    fitting = [row for row in rows
+               if len(row["prompt"]) + max(response_len, len(row["reference"])) <= room]
+    too_long = f"rows of {path} do not fit the model's {room} positions with --response_len " \
+               f"{response_len} more tokens, or with their reference"
     if not fitting or len(fitting) < len(rows) and not drop_long:
-        raise ValueError(f"{path}: {len(rows) - len(fitting)} of {len(rows)} prompts are "
-                         f"longer than the {prompt_len} tokens that --response_len leaves "
-                         "of this model's positions: lower it" + ", or give --eval_drop_long" * (not drop_long))
+        raise InputError(f"{len(rows) - len(fitting)} of {len(rows)} {too_long}: lower it, or give "
+                         "--eval_drop_long to leave them out")
+    note(len(rows) - len(fitting), f"{too_long}, and are left out of the evaluation")
     return fitting
 
 
 def split_by_instruction(pairs, share, seed):
-    """Pairs -> (those to train on, those held out): no instruction is in both, about `share` of them is held out."""
+    """Pairs -> (those to train on, those held out), about `share` of the instructions: no instruction
+    is in both."""
     prompts = sorted({tuple(p.prompt) for p in pairs})
     random.Random(f"{seed} held out").shuffle(prompts)
     held = set(prompts[:max(1, round(share * len(prompts)))])
-    train, test = [p for p in pairs if tuple(p.prompt) not in held], [p for p in pairs if tuple(p.prompt) in held]
+    train = [p for p in pairs if tuple(p.prompt) not in held]
     if not train:
-        raise ValueError(f"{len(prompts)} instructions are too few to hold out a share of {share} of them")
-    return train, test
+        raise InputError(f"{len(prompts)} instructions are too few to hold some out: give more, or "
+                         "--preference_test")
+    return train, [p for p in pairs if tuple(p.prompt) in held]
 
 
-# --------------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------- batches
 
 @lru_cache(maxsize=4)
 def permutation(n, seed, epoch):
@@ -266,8 +304,7 @@ def permutation(n, seed, epoch):
 def batch_indices(n, batch_size, seed, step):
     """Indices of batch number `step` (from 0) of an endless stream of shuffled epochs over n items.
 
-    A function of its arguments: to resume at a step, ask for that step.
-    """
+    A function of its arguments: to resume at a step, ask for that step."""
     first, picked = step * batch_size, []
     while len(picked) < batch_size:
         epoch, offset = divmod(first + len(picked), n)
@@ -276,20 +313,26 @@ def batch_indices(n, batch_size, seed, step):
 
 
 def even_batch_indices(lengths, batch_size, seed, step, blocks=8):
-    """batch_indices for supervised training, with rows of similar length in a batch, so that little is padded.
-
-    Blocks of 8 batches are sorted by length, cut into batches, and the batches shuffled.
-    """
-    block = sorted(batch_indices(len(lengths), batch_size * blocks, seed, step // blocks), key=lengths.__getitem__)
+    """batch_indices with rows of similar length in a batch, so that little is padded: blocks of 8
+    batches are sorted by length, cut into batches, and the batches shuffled."""
+    block = batch_indices(len(lengths), batch_size * blocks, seed, step // blocks)
+    block = sorted(block, key=lengths.__getitem__)
     which = permutation(blocks, f"{seed} batches", step // blocks)[step % blocks]
     return block[which * batch_size:(which + 1) * batch_size]
+
+
+def micro_batches(items, length, size, rank=0, world_size=1):
+    """One process's share of a batch, cut into lists of `size` items of similar length, so that little
+    is padded and all processes have as much to do. length: of an item, in tokens."""
+    mine = sorted(items, key=length)[rank::world_size]
+    return [mine[i:i + size] for i in range(0, len(mine), size)]
 
 
 def pack(prompts, responses):
     """Lists of ids -> tokens (B, T) packed from the left and padded on the right, prompt_lengths (B,),
     response_lengths (B,)."""
     tokens = pad_right([p + r for p, r in zip(prompts, responses)])
-    return tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses])
+    return tokens, torch.tensor(list(map(len, prompts))), torch.tensor(list(map(len, responses)))
 
 
 def length_mask(lengths, width):
@@ -298,9 +341,7 @@ def length_mask(lengths, width):
 
 
 def response_places(prompt_lengths, response_lengths, width):
-    """Where the responses' tokens are, row after row, among B * width tokens laid end to end -> (N,) int64.
-
-    The states that predict them are one place before.
-    """
-    after_prompt = ~length_mask(prompt_lengths, width)
-    return (after_prompt & length_mask(prompt_lengths + response_lengths, width)).flatten().nonzero()[:, 0]
+    """Where the responses' tokens are, row after row, among B * width tokens laid end to end
+    -> (N,) int64. The states that predict them are one place before."""
+    in_row = length_mask(prompt_lengths + response_lengths, width)
+    return (in_row & ~length_mask(prompt_lengths, width)).flatten().nonzero()[:, 0]

@@ -1,46 +1,58 @@
-"""PPO's arithmetic: rewards, advantages, losses (Schulman et al., arXiv 1707.06347; Ziegler et al., arXiv 1909.08593).
+"""PPO's arithmetic: rewards, advantages, losses, statistics (Schulman et al., arXiv 1707.06347; Ziegler
+et al., arXiv 1909.08593).
 
-Pure functions of tensors, and the record that a rollout leaves behind. `response_mask` is bool, True where a token
-counts (up to and including EOS). What is in the padding - NaN, even - changes neither values nor gradients: masked
-places are replaced with torch.where, since 0 * NaN is NaN.
+Pure functions of tensors, and the record that a rollout leaves behind. `response_mask` is bool, True
+where a token counts (up to and including EOS). What is in the padding - NaN, even - changes neither
+values nor gradients: masked places are replaced with torch.where, since 0 * NaN is NaN.
 
 Legend   B sequences, T tokens of a row (prompt + response), R response tokens
 
-    state s_t = prompt + response[:t]      action = response[t]      values[t] = V(s_t), the state that predicts token t
+    state s_t = prompt + response[:t]       action = response[t]
+    values[t] = V(s_t), the state that predicts token t
     rewards[t] = -kl_coef * penalty[t], and the reward model's score on top at the last token
 
 Departures from the paper's code (numbers as in the README):
-2. Padding enters nothing, and the value after the last token is 0 (it bootstrapped from the state after EOS).
-3. Rewards are not whitened unless asked for, and then scaled only: re-adding the mean to each token pays or charges it
-   for existing, which is a length bias.
+2. Padding enters nothing, and the value after the last token is 0 (it bootstrapped from the state
+   after EOS).
+3. Rewards are not whitened unless asked for, and then scaled only: re-adding the mean to each token
+   pays or charges it for existing, which is a length bias.
+6. The missing-EOS penalty looks at ids; it looked for EOS in text, where it never is.
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 
+from regularizers import sampled
+
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one batch of responses leaves behind for the update; rows in the order of the global batch."""
+    """What one batch of responses leaves behind for the update, rows in the order of the batch."""
     tokens: torch.Tensor               # (B, T) int64, prompt + response, right-padded
     prompt_lengths: torch.Tensor       # (B,) int64
     response_lengths: torch.Tensor     # (B,) int64, the EOS counted
     finished: torch.Tensor             # (B,) bool, whether the response ends with EOS
     scores: torch.Tensor               # (B,) float32, the reward model's
-    logprobs: torch.Tensor             # (B, R) float32, of the sampled tokens, by the policy before the update
+    logprobs: torch.Tensor             # (B, R) float32, of the sampled tokens, before the update
     ref_logprobs: torch.Tensor         # (B, R) float32
     values: torch.Tensor               # (B, R) float32
     entropy: torch.Tensor              # (B, R) float32, of the policy's next-token distribution
-    kl: torch.Tensor                   # (B, R) float32, exact KL(policy || reference) over the vocabulary
-
+    kl: torch.Tensor                   # (B, R) float32, exact KL(policy || reference)
+    penalty: torch.Tensor | None = None      # (B, R) float32, what kl_coef multiplies in the reward
     advantages: torch.Tensor | None = None   # (B, R) float32, whitened over the global batch
     returns: torch.Tensor | None = None      # (B, R) float32, what the critic is trained towards
 
     @property
     def response_mask(self):
         """(B, R) bool, True up to and including EOS."""
-        return torch.arange(self.logprobs.shape[1], device=self.logprobs.device) < self.response_lengths[:, None]
+        columns = torch.arange(self.logprobs.shape[1], device=self.logprobs.device)
+        return columns < self.response_lengths[:, None]
+
+    def map(self, change):
+        """The same record with change(name, tensor) in place of each tensor that is there."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollout(**{name: change(name, x) for name, x in held.items() if x is not None})
 
     def rows(self, index):
         """The same record for some of the rows, its padding cut to the longest of them."""
@@ -48,96 +60,115 @@ class Rollout:
         R = int(self.response_lengths[index].max())
 
         def pick(name, x):
-            return x if x is None else x[index] if x.dim() == 1 else x[index, :T if name == "tokens" else R]
-        return Rollout(*(pick(f.name, getattr(self, f.name)) for f in fields(self)))
+            if x.dim() == 1:
+                return x[index]
+            return x[index, :T if name == "tokens" else R]
+        return self.map(pick)
 
     def to(self, device):
-        return Rollout(*(x if x is None else x.to(device) for x in (getattr(self, f.name) for f in fields(self))))
+        return self.map(lambda name, x: x.to(device))
 
 
 def join_rollouts(parts):
-    """Rollouts of several processes -> one, part after part; the narrower ones are padded with zeros on the right."""
-    def join(tensors):
-        if tensors[0] is None or tensors[0].dim() == 1:
-            return None if tensors[0] is None else torch.cat(tensors)
+    """Rollouts of several processes -> one, part after part, the narrower ones padded with zeros."""
+    def join(name, _):
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0].dim() == 1:
+            return torch.cat(tensors)
         width = max(t.shape[1] for t in tensors)
         return torch.cat([F.pad(t, (0, width - t.shape[1])) for t in tensors])
-    return Rollout(*(join([getattr(part, f.name) for part in parts]) for f in fields(Rollout)))
+    return parts[0].map(join)
 
 
-# ------------------------------------------------------------------------------------------------- masked statistics
+# ----------------------------------------------------------------------------- masked statistics
 
 def masked_mean(x, mask):
     """Mean of x where mask is True; 0 if it is True nowhere. x, mask of one shape -> scalar."""
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def masked_variance(x, mask):
+    """Biased variance of x where mask is True -> scalar."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
 def whiten(x, mask, shift_mean=True):
-    """(x - mean) / sqrt(var + 1e-8) over the True positions, biased variance; without shift_mean x / sqrt(var + 1e-8).
-
-    x, mask (B, R) -> (B, R), 0 in the padding.
-    """
+    """(x - mean) / sqrt(var + 1e-8) over the True positions, biased variance; without shift_mean
+    x / sqrt(var + 1e-8). x, mask (B, R) -> (B, R), 0 in the padding."""
     x = torch.where(mask, x, 0.0)
-    mean = masked_mean(x, mask)
-    var = masked_mean((x - mean).square(), mask)
-    centred = x - mean if shift_mean else x
-    return torch.where(mask, centred * torch.rsqrt(var + 1e-8), 0.0)
+    scale = torch.rsqrt(masked_variance(x, mask) + 1e-8)
+    if shift_mean:
+        x = x - masked_mean(x, mask)
+    return torch.where(mask, x * scale, 0.0)
 
 
-# -------------------------------------------------------------------------------------------- rewards and advantages
+# ------------------------------------------------------------------------ rewards and advantages
 
 def shape_rewards(scores, penalty, response_mask, kl_coef):
-    """Reward of each token: -kl_coef * penalty, plus the sequence's score at its last token (Ziegler et al., eq. 2).
+    """Reward of each token: -kl_coef * penalty, plus the score at the last token (Ziegler, eq. 2).
 
-    scores (B,), penalty (B, R) nats -> (B, R), 0 in the padding. A row sums to score - kl_coef * sum(penalty).
-    """
+    scores (B,), penalty (B, R) nats -> (B, R), 0 in the padding. A row sums to
+    score - kl_coef * sum(penalty)."""
     rewards = torch.where(response_mask, -kl_coef * penalty, 0.0)
-    is_last = response_mask & (response_mask.cumsum(-1) == response_mask.sum(-1, keepdim=True))
+    n = response_mask.sum(-1, keepdim=True)
+    is_last = response_mask & (response_mask.cumsum(-1) == n)
     return torch.where(is_last, rewards + scores[:, None], rewards)
 
 
 def gae(rewards, values, response_mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16), ending at each row's last token.
+    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16), ending at each
+    row's last token.
 
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)         A_t = delta_t + gamma lam A_{t+1}
         return_t = A_t + V(s_t)
 
-    V and A after the last True token are 0, EOS or not: the episode is over. lam = 0 is TD(0), lam = gamma = 1 Monte
-    Carlo. rewards, values (B, R) -> advantages, returns (B, R), 0 in the padding, without gradient.
-    """
+    V and A after the last True token are 0, EOS or not: the episode is over. lam = 0 is TD(0),
+    lam = gamma = 1 Monte Carlo. rewards, values (B, R) -> advantages, returns (B, R), 0 in the padding,
+    without gradient."""
     rewards = torch.where(response_mask, rewards, 0.0).detach()
     values = torch.where(response_mask, values, 0.0).detach()
     advantages = torch.zeros_like(rewards)
     next_advantage = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(response_mask[:, t], delta + gamma * lam * next_advantage, 0.0)
+        next_advantage = delta + gamma * lam * next_advantage
+        next_advantage = torch.where(response_mask[:, t], next_advantage, 0.0)
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, torch.where(response_mask, advantages + values, 0.0)
 
 
-def explained_variance(values, returns, response_mask):
-    """1 - Var(return - V) / Var(return): 1 is a perfect critic, 0 one that says the mean, below 0 a harmful one."""
-    values, returns = torch.where(response_mask, values, 0.0), torch.where(response_mask, returns, 0.0)
-    error = returns - values
-    spread = lambda x: masked_mean((x - masked_mean(x, response_mask)).square(), response_mask)
-    return 1 - spread(error) / spread(returns).clamp(min=1e-8)
+def with_advantages(rollout, regularizer, kl_coef, missing_eos_penalty, gamma, lam, whiten_rewards):
+    """Penalty -> rewards per token -> GAE -> whitened advantages, over the global batch -> Rollout.
+
+    regularizer: name of a sampled penalty, or None (no penalty in the reward)."""
+    mask = rollout.response_mask
+    unfinished = torch.where(rollout.finished, 0.0, missing_eos_penalty)
+    penalty = torch.zeros_like(rollout.logprobs)
+    if regularizer:
+        drawn = sampled(regularizer, rollout.logprobs, rollout.ref_logprobs)
+        penalty = torch.where(mask, drawn, 0.0)
+    rewards = shape_rewards(rollout.scores - unfinished, penalty, mask, kl_coef)
+    if whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, rollout.values, mask, gamma, lam)
+    return replace(rollout, penalty=penalty, advantages=whiten(advantages, mask), returns=returns)
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
+# ---------------------------------------------------------------------------------------- losses
 
 def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip):
-    """PPO's clipped surrogate, to be minimised (PPO eq. 7): mean of max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)).
+    """PPO's clipped surrogate, to be minimised (PPO eq. 7):
+    mean of max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)), ratio = exp(logprobs - old_logprobs).
 
-    ratio = exp(logprobs - old_logprobs). All (B, R) -> scalar over the True positions, and detached stats: clip_frac
-    (share of tokens whose gradient the clip has cut off), ratio_max, ratio_mean (of |ratio - 1|), approx_kl (k3 of old
-    against new, nats per token).
-    """
+    All (B, R) -> scalar over the True positions, and detached stats: clip_frac (share of tokens whose
+    gradient the clip has cut off), ratio_max and ratio_mean (of |ratio - 1|), approx_kl (k3 of old
+    against new, nats per token)."""
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
     advantages = torch.where(response_mask, advantages, 0.0)
     ratio = log_ratio.exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = masked_mean(torch.maximum(unclipped, clipped), response_mask)
     with torch.no_grad():
         stats = {"clip_frac": masked_mean((clipped > unclipped).float(), response_mask),
@@ -148,11 +179,10 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip):
 
 
 def value_loss(values, old_values, returns, response_mask, clip):
-    """Squared error of the critic, clipped as in PPO's reference code: mean of max((v - R)^2, (v_clip - R)^2) / 2.
+    """Squared error of the critic, clipped as in PPO's reference code:
+    mean of max((v - R)^2, (v_clip - R)^2) / 2, v_clip = old + clamp(v - old, -clip, clip).
 
-    v_clip = old_values + clamp(v - old_values, -clip, clip). All (B, R) -> scalar over the True positions, and detached
-    stats: value_clip_frac, value_mean.
-    """
+    All (B, R) -> scalar over the True positions, and detached stats: value_clip_frac, value_mean."""
     values = torch.where(response_mask, values, 0.0)
     old_values = torch.where(response_mask, old_values, 0.0)
     returns = torch.where(response_mask, returns, 0.0)
@@ -160,16 +190,79 @@ def value_loss(values, old_values, returns, response_mask, clip):
     plain, clipped = (values - returns).square(), (near_old - returns).square()
     loss = masked_mean(torch.maximum(plain, clipped), response_mask) / 2
     with torch.no_grad():
-        stats = {"value_clip_frac": masked_mean(((values - old_values).abs() > clip).float(), response_mask),
+        moved = ((values - old_values).abs() > clip).float()
+        stats = {"value_clip_frac": masked_mean(moved, response_mask),
                  "value_mean": masked_mean(values, response_mask)}
     return loss, stats
 
 
-def adapt_kl_coef(kl_coef, kl, target, horizon, sequences):
-    """Proportional controller of the penalty (Ziegler et al., section 2.2): raises it while KL is above its target.
+# ------------------------------------------------------------------------------------ statistics
 
-    error = clamp(kl / target - 1, -0.2, 0.2);  kl_coef * (1 + error * sequences / horizon). kl and target: true KL per
-    sequence, nats. It multiplies, so the sign of kl_coef stays (for horizon >= sequences).
-    """
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * sequences / horizon)
+def explained_variance(values, returns, response_mask):
+    """1 - Var(return - V) / Var(return): 1 a perfect critic, 0 one that says the mean, below 0 a
+    harmful one."""
+    values = torch.where(response_mask, values, 0.0)
+    returns = torch.where(response_mask, returns, 0.0)
+    error = masked_variance(returns - values, response_mask)
+    return 1 - error / masked_variance(returns, response_mask).clamp(min=1e-8)
+
+
+def rollout_statistics(rollout):
+    """What is logged of a rollout: means over sequences, or over tokens (`_per_token`), nats."""
+    mask = rollout.response_mask
+    k3 = sampled("bregman", rollout.logprobs, rollout.ref_logprobs)
+    fit = explained_variance(rollout.values, rollout.returns, mask)
+    stats = {"score": rollout.scores.mean(), "score_std": rollout.scores.std(correction=0),
+             "kl_per_token": masked_mean(rollout.kl, mask),
+             "kl_per_sequence": rollout.kl.sum(-1).mean(),
+             "k1_per_token": masked_mean(rollout.logprobs - rollout.ref_logprobs, mask),
+             "k3_per_token": masked_mean(k3, mask),
+             "penalty_per_token": masked_mean(rollout.penalty, mask),
+             "entropy": masked_mean(rollout.entropy, mask), "explained_variance": fit,
+             "length": rollout.response_lengths.float().mean(),
+             "eos_rate": rollout.finished.float().mean()}
+    return {name: x.item() for name, x in stats.items()}
+
+
+def average_statistics(table, norms):
+    """Of one update: means over all tokens, gradient norms over the optimiser steps -> {name: number}.
+
+    table: a row per micro-batch: its "optimizer_step", its number of "tokens" and its statistics.
+    ratio_max is a maximum; first_..: of the first optimiser step, before which nothing has moved."""
+    def mean(rows, name):
+        return sum(row[name] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+
+    first = [row for row in table if row["optimizer_step"] == 0]
+    stats = {name: mean(table, name) for name in table[0] if name not in ("optimizer_step", "tokens")}
+    stats |= {name: sum(n[name] for n in norms) / len(norms) for name in norms[0]}
+    stats["ratio_max"] = max(row["ratio_max"] for row in table)
+    stats["first_ratio_max"] = max(row["ratio_max"] for row in first)
+    stats["first_ratio_mean"] = mean(first, "ratio_mean")
+    stats["first_clip_frac"] = mean(first, "clip_frac")
+    stats["optimizer_steps"] = len(norms)
+    return stats
+
+
+def check_first_step(rollout, row, dtype, dropout=0.0):
+    """Before anything has moved, policy and reference are one model. RuntimeError says what is broken.
+
+    row: the statistics of the step. With dropout in the update the first ratio is not 1, and is only
+    reported. float32 logits of 20 to 30, as trained models have, are good to about 1e-5: no token may
+    be off. bfloat16 holds such logits to 0.1: single tokens are far off, and only their mean says
+    something: 3 %."""
+    ratio, gap = row["first_ratio_max"], row["sampling_gap"]
+    ratio_bound, gap_bound = 1e-4, 5e-4
+    if dtype != torch.float32:
+        ratio, gap = row["first_ratio_mean"], row["sampling_gap_mean"]
+        ratio_bound = gap_bound = 3e-2
+    claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing",
+               rollout.kl.abs().max().item(), 0.0),
+              ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the "
+               "full forward", gap, gap_bound)]
+    if not dropout:
+        claims.append(("the first ratio is 1: the update's forward is the rollout's",
+                       ratio, ratio_bound))
+    for claim, got, bound in claims:
+        if not got <= bound:
+            raise RuntimeError(f"step 1 broke an assumption: {claim}; got a difference of {got:.2e}, "
+                               f"at most {bound:.0e} is rounding")
