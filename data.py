@@ -11,9 +11,10 @@ How a row is laid out, and which state predicts which token (prompt of 3 ids, re
 
 Decisions:
 1. Prompt and response are encoded apart and joined. Encoded together, ":" merges with the first
-   character of some answers, and the model would be trained on prompts that it never sees when asked.
-2. The response is encoded *without* sentencepiece's dummy prefix: no space after "### Response:", as
-   released models expect. So decode(prompt ids + response ids) is exactly the text.
+   character of some answers, and the model would be trained on prompts that it never sees when
+   asked.
+2. The response is encoded *without* sentencepiece's dummy prefix: no space after "### Response:",
+   as released models expect. So decode(prompt ids + response ids) is exactly the text.
 3. Nothing is re-tokenised later: what was sampled as ids is scored as ids.
 """
 import os
@@ -44,16 +45,18 @@ def format_prompt(instruction, input=""):
 
 
 class Tokenizer:
-    """A sentencepiece model. pad_id is -1 where there is none (LLaMA): masks decide, not the pad."""
+    """A sentencepiece model. pad_id is -1 where there is none (LLaMA): masks decide, not the
+    pad."""
 
-    # Two more bytes of the file's normalizer_spec (field 3): add_dummy_prefix (its field 3) = false. In
-    # protobuf the later value of a field wins: appended, they make a second tokenizer without prefix.
+    # Two more bytes of the file's normalizer_spec (field 3): add_dummy_prefix (its field 3) =
+    # false. In protobuf the later value of a field wins: appended, they make a second tokenizer
+    # without prefix.
     NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise InputError(f"no tokenizer at {path}: expected a sentencepiece file, tokenizer.model")
+            raise InputError(f"no tokenizer at {path}: expected a sentencepiece file")
         refuse_lfs_pointer(path)
         proto = self.path.read_bytes()
         try:
@@ -98,19 +101,20 @@ class Tokenizer:
         """InputError if the model in a folder, of so many embeddings, has another tokenizer."""
         folder = Path(folder)
         if self.vocab_size > vocab_size:
-            raise InputError(f"{self.path} has {self.vocab_size} pieces but {folder} only {vocab_size} "
-                             "embeddings: this tokenizer belongs to another model")
+            raise InputError(f"{self.path} has {self.vocab_size} pieces but {folder} only "
+                             f"{vocab_size} embeddings: this tokenizer belongs to another model")
         beyond = [i for i in model_eos_ids(folder) if i >= self.vocab_size]
         if beyond:
             raise InputError(f"{folder} ends its answers with id {beyond[0]}, which {self.path} "
-                             f"({self.vocab_size} pieces) does not have: give the tokenizer.model that "
-                             f"has it, or write {self.eos_id} as eos_token_id into its json files")
+                             f"({self.vocab_size} pieces) does not have: give the tokenizer.model "
+                             f"that has it, or write {self.eos_id} as its configs' eos_token_id")
         if (folder / "tokenizer.model").is_file():
             other = Tokenizer(folder / "tokenizer.model")
             for i in range(min(self.vocab_size, other.vocab_size)):
-                if self.sp.id_to_piece(i) != other.sp.id_to_piece(i):
-                    raise InputError(f"id {i} is {self.sp.id_to_piece(i)!r} in {self.path} but "
-                                     f"{other.sp.id_to_piece(i)!r} in {other.path}: other tokenizers")
+                mine, theirs = self.sp.id_to_piece(i), other.sp.id_to_piece(i)
+                if mine != theirs:
+                    raise InputError(f"id {i} is {mine!r} in {self.path} but {theirs!r} in "
+                                     f"{other.path}: these are different tokenizers")
 
 
 def model_eos_ids(folder):
@@ -187,14 +191,15 @@ class Pair:
     prompt: list
     chosen: list
     rejected: list
-    flaw: str            # what is known to be wrong with the worse one (the toy world's rows say it)
+    flaw: str            # what is wrong with the worse one ("": the row does not say)
 
     def __len__(self):
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 def load_sft(path, tokenizer, max_len):
-    """instruction / input / output rows -> Examples of at most max_len tokens (the head is kept)."""
+    """instruction / input / output rows -> Examples of at most max_len tokens (the head is
+    kept)."""
     examples, cut, rows = [], 0, read_rows(path)
     for i, row in enumerate(rows):
         prompt = prompt_ids(tokenizer, row, f"{path}, row {i}")
@@ -213,7 +218,8 @@ def load_sft(path, tokenizer, max_len):
 
 
 def better_and_worse(row, where):
-    """The two texts of an output_1 / output_2 / preference row (AlpacaFarm), or chosen / rejected."""
+    """The two texts of an output_1 / output_2 / preference row (AlpacaFarm), or chosen /
+    rejected."""
     if "chosen" in row:
         return text_field(row, "chosen", where), text_field(row, "rejected", where)
     outputs = text_field(row, "output_1", where), text_field(row, "output_2", where)
@@ -239,7 +245,7 @@ def load_preferences(path, tokenizer, max_len):
     if not pairs:
         raise InputError(f"{path}: no pair differs within --max_len {max_len} tokens")
     note(cut, f"pairs of {path} have an answer beyond --max_len {max_len} that loses its tail")
-    note(len(rows) - len(pairs), f"pairs of {path} are left out: they do not differ within --max_len")
+    note(len(rows) - len(pairs), f"pairs of {path} are left out: alike within --max_len {max_len}")
     return pairs
 
 
@@ -249,8 +255,8 @@ def load_prompts(path, tokenizer, prompt_len):
     prompts = [prompt_ids(tokenizer, row, f"{path}, row {i}") for i, row in enumerate(rows)]
     kept = [p for p in prompts if len(p) <= prompt_len]
     if not kept:
-        raise InputError(f"{path}: all {len(prompts)} prompts are longer than --prompt_len {prompt_len} "
-                         f"(the shortest has {min(map(len, prompts))} tokens): raise it")
+        raise InputError(f"{path}: all prompts are longer than --prompt_len {prompt_len} (the "
+                         f"shortest has {min(map(len, prompts))} tokens): raise it")
     note(len(prompts) - len(kept), f"prompts of {path} are longer than --prompt_len {prompt_len} "
          "and are dropped")
     return kept
@@ -260,8 +266,9 @@ def load_eval_rows(path, tokenizer, room, response_len, drop_long=False):
     """Rows with instruction, input and a reference output -> the same rows, in order, with their
     `prompt` and `reference` as ids and their `index` in the file.
 
-    A prompt that with response_len more tokens, or with its reference, takes more than `room` positions
-    does not fit the model: InputError, or with drop_long it is left out, counted aloud."""
+    A prompt that with response_len more tokens, or with its reference, takes more than `room`
+    positions does not fit the model: InputError, or with drop_long it is left out, counted
+    aloud."""
     rows = []
     for i, row in enumerate(read_rows(path)):
         reference = tokenizer.encode_response(text_field(row, "output", f"{path}, row {i}"))
@@ -279,8 +286,8 @@ def load_eval_rows(path, tokenizer, room, response_len, drop_long=False):
 
 
 def split_by_instruction(pairs, share, seed):
-    """Pairs -> (those to train on, those held out), about `share` of the instructions: no instruction
-    is in both."""
+    """Pairs -> (those to train on, those held out), about `share` of the instructions: no
+    instruction is in both."""
     prompts = sorted({tuple(p.prompt) for p in pairs})
     random.Random(f"{seed} held out").shuffle(prompts)
     held = set(prompts[:max(1, round(share * len(prompts)))])
@@ -301,11 +308,11 @@ def permutation(n, seed, epoch):
     return tuple(order)
 
 
-def batch_indices(n, batch_size, seed, step):
-    """Indices of batch number `step` (from 0) of an endless stream of shuffled epochs over n items.
+def batch_indices(items, batch_size, seed, step):
+    """Indices of batch number `step` (from 0) of an endless stream of shuffled epochs over items.
 
     A function of its arguments: to resume at a step, ask for that step."""
-    first, picked = step * batch_size, []
+    first, n, picked = step * batch_size, len(items), []
     while len(picked) < batch_size:
         epoch, offset = divmod(first + len(picked), n)
         picked += permutation(n, seed, epoch)[offset:offset + batch_size - len(picked)]
@@ -315,22 +322,22 @@ def batch_indices(n, batch_size, seed, step):
 def even_batch_indices(lengths, batch_size, seed, step, blocks=8):
     """batch_indices with rows of similar length in a batch, so that little is padded: blocks of 8
     batches are sorted by length, cut into batches, and the batches shuffled."""
-    block = batch_indices(len(lengths), batch_size * blocks, seed, step // blocks)
+    block = batch_indices(lengths, batch_size * blocks, seed, step // blocks)
     block = sorted(block, key=lengths.__getitem__)
     which = permutation(blocks, f"{seed} batches", step // blocks)[step % blocks]
     return block[which * batch_size:(which + 1) * batch_size]
 
 
 def micro_batches(items, length, size, rank=0, world_size=1):
-    """One process's share of a batch, cut into lists of `size` items of similar length, so that little
-    is padded and all processes have as much to do. length: of an item, in tokens."""
+    """One process's share of a batch, cut into lists of `size` items of similar length, so that
+    little is padded and all processes have as much to do. length: of an item, in tokens."""
     mine = sorted(items, key=length)[rank::world_size]
     return [mine[i:i + size] for i in range(0, len(mine), size)]
 
 
 def pack(prompts, responses):
-    """Lists of ids -> tokens (B, T) packed from the left and padded on the right, prompt_lengths (B,),
-    response_lengths (B,)."""
+    """Lists of ids -> tokens (B, T) packed from the left and padded on the right, prompt_lengths
+    (B,), response_lengths (B,)."""
     tokens = pad_right([p + r for p, r in zip(prompts, responses)])
     return tokens, torch.tensor(list(map(len, prompts))), torch.tensor(list(map(len, responses)))
 

@@ -1,4 +1,5 @@
-"""What came out: win rates, factual precision, answers before and after PPO, and a model that answers.
+"""What came out: win rates, factual precision, answers before and after PPO, and a model that
+answers.
 
     python eval.py table runs/toy/ppo                       the table of a finished run, once more
     python eval.py chat runs/toy/ppo                        answers what you type
@@ -6,19 +7,18 @@
     python eval.py generate runs/ppo --input eval.json --output outputs.json --format alpaca_eval
     python eval.py winrate annotations.json                 what an outside judge has said
 
-Three systems answer each evaluation instruction: the reference answers that the data come with, the SFT
-model ("before", the policy with its adapter off) and the policy ("after"). Two judges look at them: the
-reward model (the proxy that PPO maximised) and, in the toy world, the annotators that the reward model
-has learned from (the gold that it stands for). Quote a win rate with its error: at 300 prompts the
-standard error is 2 to 3 points.
+Three systems answer each evaluation instruction: the reference answers that the data come with, the
+SFT model ("before", the policy with its adapter off) and the policy ("after"). Two judges look at
+them: the reward model (the proxy that PPO maximised) and, in the toy world, the annotators that the
+reward model has learned from (the gold that it stands for). Quote a win rate with its error: at 300
+prompts the standard error is 2 to 3 points.
 
 Statistics
-* Win rate: the mean over prompts of 1 (win), 1/2 (draw), 0 (loss); paired, one instruction for both.
-* Standard errors and intervals come from resampling (bootstrap, 1000 times, seeded): of prompts, or,
-  where several prompts ask about one person, as in the toy world, of persons with all their prompts -
-  answers about one person err together.
-* Win rate at equal length: a logistic fit of the outcome on the difference in length, read off at
-  difference 0 (as in length-controlled AlpacaEval, Dubois et al., arXiv 2404.04475).
+* Win rate: the mean over prompts of 1 (win), 1/2 (draw), 0 (loss); paired, one instruction for
+  both.
+* Standard errors and intervals come from resampling (bootstrap, 1000 times, seeded): of prompts,
+  or, where several prompts ask about one person, as in the toy world, of persons with all their
+  prompts - answers about one person err together.
 * Factual precision: supported / stated facts, all answers pooled (FActScore, Min et al., arXiv
   2305.14251), exact in the toy world.
 """
@@ -34,8 +34,8 @@ import torch
 
 from data import Tokenizer, prompt_ids, read_rows, text_field
 from lora import load_lora
-from model import (InputError, fill, fingerprint, generate, load_llama, our_name, read_json,
-                   read_model_config, read_text, weight_readers, whole_file)
+from model import (InputError, fingerprint, generate, load_llama, read_json, read_model_config,
+                   read_text, whole_file)
 from reward import ActorCritic, assess, build_models, score_responses
 from toy import world
 
@@ -45,7 +45,7 @@ from toy import world
 def outcomes(ours, theirs):
     """1 (win), 1/2 (draw) or 0 (loss) of each pair of a judge's scores."""
     if any(score != score for score in (*ours, *theirs)):
-        raise FloatingPointError("a score is not a number (NaN): the judge, or what it judges, is broken")
+        raise FloatingPointError("a score is not a number: the judge, or what it judges, is broken")
     return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -59,8 +59,8 @@ def mean(x):
 
 
 def resample(groups, resamples=1000, seed=0):
-    """Cluster bootstrap: whole groups are drawn with replacement. groups: a label per row (n)
-    -> (resamples, n) float64, how often each row is in each resample. Labels that all differ make it
+    """Cluster bootstrap: whole groups are drawn with replacement. groups: a label per row (n) ->
+    (resamples, n) float64, how often each row is in each resample. Labels that all differ make it
     the plain bootstrap."""
     number = {g: i for i, g in enumerate(dict.fromkeys(groups))}
     generator = torch.Generator().manual_seed(seed)
@@ -71,8 +71,8 @@ def resample(groups, resamples=1000, seed=0):
 
 
 def with_error(value, values):
-    """A statistic and its values under resampling -> {"value", "se", "low", "high"}: standard error and
-    95 % percentile interval (Efron 1979); resamples with nothing to divide by are left out."""
+    """A statistic and its values under resampling -> {"value", "se", "low", "high"}: standard error
+    and 95 % percentile interval (Efron 1979); resamples with nothing to divide by are left out."""
     values = values[torch.isfinite(values)]
     if len(values) < 2 or value != value:
         return {"value": value} | dict.fromkeys(("se", "low", "high"), float("nan"))
@@ -95,48 +95,22 @@ def mean_with_error(values, groups):
 
 
 def win_rate_with_error(ours, theirs, groups=None):
-    """-> {"value", "se", "low", "high"}; groups: what is resampled together (None: each prompt alone)."""
+    """-> {"value", "se", "low", "high"}; groups: what is resampled together (None: each prompt
+    alone)."""
     return mean_with_error(outcomes(ours, theirs), groups or range(len(ours)))
 
 
-def win_rate_at_equal_length(ours, theirs, differences, groups):
-    """sigmoid(a) of the fit P(win) = sigmoid(a + b difference in length), with its error. A draw is half
-    a win and half a loss. Where no two answers are about equally long, it is an extrapolation."""
-    y = torch.tensor(outcomes(ours, theirs), dtype=torch.float64)
-    x = torch.tensor(differences, dtype=torch.float64)
-    x = x / x.square().mean().sqrt().clamp(min=1e-12)
-    times = torch.cat([torch.ones(1, len(y), dtype=torch.float64), resample(groups)])
-    values = torch.sigmoid(logistic_fit(x, y, times)[:, 0])
-    return with_error(values[0].item(), values[1:])
-
-
-def logistic_fit(x, y, weights, prior=0.1, iterations=20):
-    """(a, b) of sigmoid(a + b x), by Newton's method, for each row of weights: x, y (n,), weights (m, n)
-    -> (m, 2). The prior N(0, 1 / prior^2) keeps them finite where every outcome is a win."""
-    X = torch.stack([torch.ones_like(x), x], dim=1)                              # (n, 2)
-    XX = (X[:, :, None] * X[:, None]).flatten(1)                                 # (n, 4)
-    ridge = prior ** 2 * torch.eye(2, dtype=X.dtype)
-    theta = torch.zeros(len(weights), 2, dtype=X.dtype)
-    for _ in range(iterations):
-        p = torch.sigmoid(theta @ X.T)                                           # (m, n)
-        gradient = (weights * (y - p)) @ X - prior ** 2 * theta
-        hessian = ((weights * p * (1 - p)) @ XX).view(-1, 2, 2) + ridge
-        step = torch.linalg.solve(hessian, gradient)
-        theta = theta + step * (2 / step.norm(dim=1, keepdim=True)).clamp(max=1)     # no overshooting
-    return theta
-
-
 def count_preferences(preferences, where="judgements"):
-    """Judgements as alpaca_eval and AlpacaFarm write them -> win rate of output_2, its standard error
-    (with n - 1), and the counts.
+    """Judgements as alpaca_eval and AlpacaFarm write them -> win rate of output_2, its standard
+    error (with n - 1), and the counts.
 
-    1: output_1 is better, 2: output_2, 1.5 or (AlpacaFarm) 0: a draw, between 1 and 2: a leaning, which
-    counts as wins - 1 in the win rate. Numbers may be texts; what is none (a judge that failed) is left
-    out."""
+    1: output_1 is better, 2: output_2, 1.5 or (AlpacaFarm) 0: a draw, between 1 and 2: a leaning,
+    which counts as wins - 1 in the win rate. Numbers may be texts; what is none (a judge that
+    failed) is left out."""
     numbers = [as_number(p) for p in preferences]
     valid = [1.5 if p == 0 else p for p in numbers if p == 0 or 1 <= p <= 2]
     if len(valid) < 2:
-        raise InputError(f"{where}: {len(valid)} rows have a preference between 1 and 2, expected more")
+        raise InputError(f"{where}: {len(valid)} rows have a preference between 1 and 2")
     wins = torch.tensor(valid, dtype=torch.float64) - 1
     return {"win_rate": wins.mean().item(), "standard_error": wins.std().item() / len(valid) ** 0.5,
             "n_wins": int((wins > 0.5).sum()), "n_wins_base": int((wins < 0.5).sum()),
@@ -165,17 +139,18 @@ def score_pairs(model, pairs, eos_id, micro_batch):
 
 
 def pair_accuracy(scored):
-    """Share of pairs in which the better answer has the higher score; of "the longer one is better";
-    by kind of flaw."""
+    """Share of pairs in which the better answer has the higher score; of "the longer one is
+    better"; by kind of flaw."""
     def share(rows, suffix=""):
-        return win_rate([s["chosen" + suffix] for s in rows], [s["rejected" + suffix] for s in rows])
+        chosen, rejected = [[s[which + suffix] for s in rows] for which in ("chosen", "rejected")]
+        return win_rate(chosen, rejected)
 
     by_flaw = {}
     for flaw in sorted({s["flaw"] for s in scored} - {""}):
         rows = [s for s in scored if s["flaw"] == flaw]
         by_flaw[flaw] = {"accuracy": share(rows), "pairs": len(rows)}
-    return {"pairs": len(scored), "accuracy": share(scored), "longer_wins": share(scored, "_tokens"),
-            "by_flaw": by_flaw}
+    return {"pairs": len(scored), "accuracy": share(scored), "by_flaw": by_flaw,
+            "longer_wins": share(scored, "_tokens")}
 
 
 def accuracy_report(a):
@@ -192,25 +167,28 @@ SYSTEMS = ("reference", "before", "after")
 
 
 def ppo_settings(folder):
-    """What a PPO run was made with, from its config.json -> its settings, paths as seen from here, and
-    the content of its inputs: digests of files, fingerprints of models."""
+    """What a PPO run was made with, from its config.json -> its settings, paths as seen from here,
+    and the content of its inputs: digests of files, fingerprints of models."""
     folder = Path(folder)
     about = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     run = about.get("run", {})
     if run.get("stage") != "ppo" or not (folder / "policy").is_dir():
-        raise InputError(f"{folder} holds no finished PPO run (of all stages' folder: {folder / 'ppo'}?)")
-    return run | {"model": folder / run["model"], "reward": folder / run["reward"]}, about["content"]
+        raise InputError(f"{folder} holds no finished PPO run: is it in {folder / 'ppo'}?")
+    paths = {name: folder / run[name] for name in ("model", "reward")}
+    return run | paths, about["content"]
 
 
 def check_trunk(folder, name, trunk, content):
-    """InputError if a finished run was trained on other weights than its --model or --reward holds."""
+    """InputError if a finished run was trained on other weights than its --model or --reward
+    holds."""
     if fingerprint(trunk) != content[name]:
         raise InputError(f"{folder} was trained with other weights than its --{name} holds now: "
                          "train.py --redo ppo")
 
 
 def load_run(folder, device="cpu", dtype=torch.float32):
-    """The four models of a finished PPO run, with its policy -> ActorCritic, RewardModel, Tokenizer."""
+    """The four models of a finished PPO run, with its policy -> ActorCritic, RewardModel,
+    Tokenizer."""
     folder = Path(folder)
     run, content = ppo_settings(folder)
     tokenizer = Tokenizer(folder / "policy" / "tokenizer.model")
@@ -222,8 +200,7 @@ def load_run(folder, device="cpu", dtype=torch.float32):
     if net.policy_adapter:
         load_lora(net.policy, net.policy_adapter, folder / "policy")
     else:
-        readers = weight_readers(folder / "policy")
-        fill(net.policy, {our_name(name): read for name, read in readers.items()}, folder / "policy")
+        net.policy = load_llama(folder / "policy", device)
     return net.eval(), reward_model, tokenizer
 
 
@@ -235,11 +212,11 @@ def answer(net, prompts, tokenizer, trained=True, **settings):
 
 
 def evaluate(net, reward_model, tokenizer, rows, micro_batch, earlier=None, **settings):
-    """Answers to each row (data.load_eval_rows) before and after training, beside its reference, with
-    scores and KL -> one record per row.
+    """Answers to each row (data.load_eval_rows) before and after training, beside its reference,
+    with scores and KL -> one record per row.
 
-    settings: of `generate`; a row's answers depend on the seed and its index alone. earlier: records of
-    an earlier step, whose reference and answers before training are taken over."""
+    settings: of `generate`; a row's answers depend on the seed and its index alone. earlier:
+    records of an earlier step, whose reference and answers before training are taken over."""
     if not rows:
         return []
     prompts, eos_id = [row["prompt"] for row in rows], tokenizer.eos_id
@@ -269,7 +246,8 @@ def is_toy(records):
 
 
 def check_rows(rows, path):
-    """Rows that say dataset "toy" are judged by annotators, who must understand each instruction."""
+    """Rows that say dataset "toy" are judged by annotators, who must understand each
+    instruction."""
     for row in rows:
         if row.get("dataset") == "toy" and world.parse(row["instruction"]) is None:
             raise InputError(f"{path}: the toy world's annotators do not know the instruction "
@@ -301,10 +279,7 @@ def summarise(records):
              "tokens": mean_with_error([a["tokens"] for a in answers], groups),
              "eos_rate": mean_with_error([a["finished"] for a in answers], groups)}
         for other in SYSTEMS[:SYSTEMS.index(name)]:
-            differences = [r[name]["tokens"] - r[other]["tokens"] for r in records]
             s[f"win_{other}"] = win_rate_with_error(judged[name], judged[other], groups)
-            s[f"win_{other}_equal"] = win_rate_at_equal_length(judged[name], judged[other],
-                                                               differences, groups)
         if name == "after":
             pairs = [(a["kl"], a["tokens"]) for a in answers]
             s["kl_per_token"] = ratio_with_error(pairs, groups)
@@ -336,16 +311,15 @@ def facts(records, name, groups):
 
     return {"facts": mean_with_error([c.stated for c in counts], groups),
             "no_facts": mean_with_error([c.stated == 0 for c in counts], groups),
-            "precision_famous": among(True, precision), "precision_obscure": among(False, precision),
+            "precision_famous": among(True, precision),
+            "precision_obscure": among(False, precision),
             "precision_taught": among(False, taught), "precision_untaught": among(False, untaught),
             "untaught_share": among(False, lambda c: (c.stated - c.taught_stated, c.stated))}
 
 
 ROWS = (("reward model's score", "score", "{:+.2f}"), ("annotators' score", "annotator", "{:+.2f}"),
         ("win rate against the reference", "win_reference", "{:.1%}"),
-        ("  - at equal length", "win_reference_equal", "{:.1%}"),
         ("win rate against SFT", "win_before", "{:.1%}"),
-        ("  - at equal length", "win_before_equal", "{:.1%}"),
         ("KL from SFT, nats per token", "kl_per_token", "{:.3f}"),
         ("KL from SFT, nats per answer", "kl_per_sequence", "{:.1f}"),
         ("length, tokens", "tokens", "{:.1f}"), ("answers that end (EOS)", "eos_rate", "{:.1%}"),
@@ -383,10 +357,11 @@ def report(folder):
     records = read_json(path)["records"]
     summary = summarise(records)
     w = summary["after"]["win_before"]
-    who = "the simulated annotators" if is_toy(records) else "the reward model that PPO has maximised"
-    lines = ["", f"{len(records)} evaluation prompts, judged by {who}; +- is one standard error", "",
-             table(summary), "", f"PPO against SFT: {w['value']:.1%}, "
-             f"95 % interval {w['low']:.1%} to {w['high']:.1%}", ""]
+    who = "the simulated annotators" if is_toy(records) else "the reward model itself"
+    lines = ["", f"{len(records)} evaluation prompts, judged by {who}; +- is one standard error",
+             "", table(summary), "",
+             f"PPO against SFT: {w['value']:.1%}, 95 % interval {w['low']:.1%} to {w['high']:.1%}",
+             ""]
     for k in (1, 4, 6):
         r = records[len(records) * k // 7]
         lines += [f"> {r['instruction']}", f"  before: {r['before']['text']}",
@@ -398,8 +373,8 @@ def report(folder):
 
 @contextmanager
 def mistakes_in_one_line(program):
-    """A user's mistake ends the program with one line on stderr and status 2; a bug keeps its traceback.
-    What the terminal's encoding lacks is printed as an escape."""
+    """A user's mistake ends the program with one line on stderr and status 2; a bug keeps its
+    traceback. What the terminal's encoding lacks is printed as an escape."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -427,39 +402,38 @@ def device_and_dtype(name):
 
 
 def load_answering(folder, adapter, tokenizer, dtype):
-    """A policy that can answer: of a PPO run, or a model folder, perhaps with a PEFT folder's adapter on
-    it -> ActorCritic, Tokenizer."""
-    folder, base = Path(folder), Path(folder)
-    device, dtype = device_and_dtype(dtype)
-    is_run = not adapter and not (folder / "model.safetensors").is_file() \
-        and not (folder / "model.safetensors.index.json").is_file()
-    if is_run:
+    """A policy that can answer: of a PPO run, or a model folder, perhaps with a PEFT folder's
+    adapter on it -> ActorCritic, Tokenizer."""
+    base, (device, dtype) = Path(folder), device_and_dtype(dtype)
+    content = None
+    if (base / "policy").is_dir():
         run, content = ppo_settings(folder)
-        base = folder / "policy"
+        base = base / "policy"
+        tokenizer = tokenizer or base / "tokenizer.model"
         if run["lora_rank"]:
-            base, adapter = run["model"], folder / "policy"
+            adapter, base = adapter or base, run["model"]
     model = load_llama(base, device, dtype)
-    if is_run and adapter:
+    if content and adapter:
         check_trunk(folder, "model", model, content)
-    own = (adapter if is_run and adapter else base) / "tokenizer.model"
-    tokenizer = Tokenizer(tokenizer or own)
+    tokenizer = Tokenizer(tokenizer or base / "tokenizer.model")
     tokenizer.check_model(base, model.config.vocab_size)
     if adapter:
         load_lora(model, "policy", adapter)
     return ActorCritic(model, "policy" if adapter else None), tokenizer
 
 
-def answer_rows(net, tokenizer, rows, where, batch, max_new_tokens, **settings):
+def answer_rows(args, net, tokenizer, rows, where, turn=0):
     """Texts answering rows of instruction and input, in their order. A row's answer depends on the
-    settings and its place in the list alone; it ends early where the model has no positions left."""
+    arguments and its place in the list alone; it ends early where there are no positions left."""
     prompts = [prompt_ids(tokenizer, row, f"{where}, row {i}") for i, row in enumerate(rows)]
     room = net.policy.config.max_seq_len
     for i, prompt in enumerate(prompts):
         if len(prompt) >= room:
-            raise InputError(f"{where}, row {i}: the prompt has {len(prompt)} tokens, the model {room} "
-                             "positions")
-    limits = [min(max_new_tokens, room - len(prompt)) for prompt in prompts]
-    answers = answer(net, prompts, tokenizer, max_new_tokens=limits, batch_size=batch, **settings)
+            raise InputError(f"{where}, row {i}: the prompt has {len(prompt)} tokens, the model "
+                             f"{room} positions")
+    limits = [min(args.max_new_tokens, room - len(prompt)) for prompt in prompts]
+    answers = answer(net, prompts, tokenizer, max_new_tokens=limits, temperature=args.temperature,
+                     top_p=args.top_p, seed=f"{args.seed} {turn}", batch_size=args.batch)
     return [tokenizer.decode_response(ids) for ids in answers]
 
 
@@ -491,30 +465,24 @@ def instructions(path, form):
 
 
 def command_generate(args):
-    if args.output and (Path(args.output).absolute() == Path(args.input or ".").absolute()
-                        or not Path(args.output).absolute().parent.is_dir()):
-        raise InputError(f"cannot write {args.output}: it is --input, or its folder does not exist")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise InputError(f"cannot write {args.output}: its folder does not exist")
     rows = [{"instruction": args.prompt}]
     if args.input:
         rows = instructions(args.input, args.format)
-    net, tokenizer = load_answering(args.run, args.adapter, args.tokenizer, args.dtype)
-    texts = answer_rows(net, tokenizer, rows, args.input or "--prompt", args.batch,
-                        args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
-                        seed=args.seed)
+    texts = answer_rows(args, *load_answering(args.run, args.adapter, args.tokenizer, args.dtype),
+                        rows, args.input or "--prompt")
     if not args.input:
-        print(texts[0])
-        return
+        return print(texts[0])
     name = args.generator or Path(args.run).resolve().name
     rows = [formatted(row, text, args.format, name) for row, text in zip(rows, texts)]
+    content = json.dumps(rows, indent=1, ensure_ascii=False)
     if args.format == "factscore":
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    else:
-        content = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+        content = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     if not args.output:
-        print(content, end="")
-        return
+        return print(content)
     with whole_file(args.output) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_text(content + "\n", encoding="utf-8")
 
 
 def command_chat(args):
@@ -526,10 +494,8 @@ def command_chat(args):
         except (EOFError, KeyboardInterrupt):
             return print()
         try:
-            if text.strip():
-                print(*answer_rows(net, tokenizer, [{"instruction": text}], "your line", args.batch,
-                                   args.max_new_tokens, temperature=args.temperature,
-                                   top_p=args.top_p, seed=f"{args.seed} {turn}"), "", sep="\n")
+            rows = [{"instruction": text}] if text.strip() else []
+            print(*answer_rows(args, net, tokenizer, rows, "your line", turn), "", sep="\n")
         except InputError as e:
             print(e, file=sys.stderr)
 
@@ -538,8 +504,8 @@ def command_winrate(args):
     c = count_preferences([row.get("preference") for row in read_rows(args.file)], args.file)
     reach = 1.96 * c["standard_error"]
     low, high = max(0, c["win_rate"] - reach), min(1, c["win_rate"] + reach)
-    print(f"output_2 wins {c['win_rate']:.2%} +-{c['standard_error']:.2%} (95 % interval {low:.1%} to "
-          f"{high:.1%}) of {c['n_total']}: {c['n_wins']} wins, {c['n_wins_base']} losses, "
+    print(f"output_2 wins {c['win_rate']:.2%} +-{c['standard_error']:.2%} (95 % interval {low:.1%} "
+          f"to {high:.1%}) of {c['n_total']}: {c['n_wins']} wins, {c['n_wins_base']} losses, "
           f"{c['n_draws']} draws; {c['left_out']} without a judgement left out")
 
 
@@ -576,7 +542,7 @@ def build_parser():
     add_answering(p)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one instruction")
-    source.add_argument("--input", help="JSON rows of instruction, input; factscore: names, one a line")
+    source.add_argument("--input", help="JSON rows of instruction, input; factscore: a list of names")
     p.add_argument("--output", help="file to write (default: print)")
     p.add_argument("--format", choices=("plain", "alpaca_eval", "alpacafarm", "factscore"),
                    default="plain", help="what is written of --input's answers")

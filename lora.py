@@ -22,9 +22,9 @@ Departures from the paper's code, and why:
    the trunk's dtype in the forward.
 2. Dropout defaults to 0, and 0 means 0.
 3. Merging is an export function. Nothing is merged in place during training.
-4. With activation checkpointing, the backward recomputes each block after the `with` has closed. The
-   active name is captured in the forward and entered again (`recompute_context`); otherwise gradients
-   would silently be the base's.
+4. With activation checkpointing, the backward recomputes each block after the `with` has closed.
+   The active name is captured in the forward and entered again (`recompute_context`); otherwise
+   gradients would silently be the base's.
 """
 import math
 from contextlib import nullcontext
@@ -37,11 +37,10 @@ from torch import nn
 from model import (HF_NAMES, OUR_NAMES, InputError, hf_name, read_json, read_tensors, save_weights,
                    write_json)
 
-LINEAR = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
-
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its adapters: lora_A[name] (r, in), lora_B[name] (out, r), float32."""
+    """A frozen linear layer and its adapters: lora_A[name] (r, in), lora_B[name] (out, r),
+    float32."""
 
     def __init__(self, base):
         super().__init__()
@@ -69,7 +68,7 @@ class LoRALinear(nn.Module):
         if self.active is None:
             return out
         A, B = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
-        low = F.linear(F.dropout(x, self.dropout[self.active], self.training), A)           # (.., r)
+        low = F.linear(F.dropout(x, self.dropout[self.active], self.training), A)          # (.., r)
         return out + F.linear(low, B) * self.scaling(self.active)
 
 
@@ -95,15 +94,16 @@ def replace_module(model, path, module):
 
 
 def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo")):
-    """Add an adapter to every linear layer called by one of `targets`; freeze all that is no adapter.
+    """Add an adapter to every linear layer called by one of `targets`; freeze all that is no
+    adapter.
 
     The new adapter computes exactly what the base computes (B = 0) and is not active until
-    `adapter(model, name)`. InputError: r < 1, dropout outside [0, 1), a name that is in use or no word,
-    a target that the model does not have.
+    `adapter(model, name)`. InputError: r < 1, dropout outside [0, 1), a name that is in use or no
+    word, a target that the model does not have.
     """
     if r < 1 or not 0 <= dropout < 1:
-        raise InputError(f"adapter {name}: got r {r} and dropout {dropout}, expected at least 1, and "
-                         "a number in [0, 1)")
+        raise InputError(f"adapter {name}: got r {r} and dropout {dropout}, expected at least 1, "
+                         "and a number in [0, 1)")
     if lora_layers(model, name) or not name.isidentifier() or hasattr(nn.ParameterDict, name):
         raise InputError(f"an adapter cannot be called {name!r}: there is one already, or it is no "
                          "word that can be part of a parameter's name")
@@ -125,8 +125,8 @@ def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo"
 
 
 class adapter:
-    """Inside, the layers of `model` use the adapter `name`, or none (None: the base model). Nests, and
-    restores on exit. InputError if no layer holds that adapter.
+    """Inside, the layers of `model` use the adapter `name`, or none (None: the base model). Nests,
+    and restores on exit. InputError if no layer holds that adapter.
 
     (A class, since it is entered again whenever a checkpointed graph is run backward.)"""
 
@@ -169,8 +169,9 @@ def copy_lora(model, source, target):
 def merge_lora(model, name):
     """W <- W + (alpha / r) B A in every layer, in float32, then drop the adapter. For export.
 
-    When a layer's last adapter goes, the plain linear layer comes back. InputError, before anything is
-    changed, if a layer shares its weights with another (a tied head): the other would change too.
+    When a layer's last adapter goes, the plain linear layer comes back. InputError, before anything
+    is changed, if a layer shares its weights with another (a tied head): the other would change
+    too.
     """
     layers = layers_with(model, name)
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
@@ -190,7 +191,8 @@ def merge_lora(model, name):
 # --------------------------------------------------------------------------------- PEFT's files
 
 def peft_key(path, matrix):
-    """layers.0.attention.wq, lora_A -> base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"""
+    """layers.0.attention.wq, lora_A ->
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"""
     return f"base_model.model.{hf_name(path)}.{matrix}.weight"
 
 
@@ -238,33 +240,32 @@ def read_adapter_config(folder):
                          "LoRA only)")
     # target_modules: names, or (PEFT's "all-linear") each layer's path
     named = config.get("target_modules")
-    targets = {OUR_NAMES.get(str(m).split(".")[-1]) for m in named} if isinstance(named, list) else set()
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not targets or not targets <= set(LINEAR) or not isinstance(r, int) or alpha is None:
-        raise InputError(f"{path}: r {r}, lora_alpha {alpha}, target_modules {named}: expected a whole "
-                         "number, a number, and a list of linear layers of LLaMA")
-    return {"r": r, "alpha": alpha, "dropout": config.get("lora_dropout", 0.0),
-            "targets": tuple(sorted(targets))}
+    if not isinstance(named, list):
+        raise InputError(f"{path}: target_modules is {named!r}, expected a list")
+    targets = {OUR_NAMES.get(module.split(".")[-1], module) for module in named}
+    return {"r": config["r"], "alpha": config["lora_alpha"], "targets": tuple(sorted(targets)),
+            "dropout": config.get("lora_dropout", 0.0)}
 
 
 def load_lora(model, name, folder):
     """Read a PEFT folder into the adapter `name`, which is added if the model does not have it.
 
-    InputError, before the model is touched, names what differs: the file's r, alpha, targets or widths
-    are not those of the adapter or the model, or it holds more than an adapter."""
+    InputError, before the model is touched, names what differs: the file's r, alpha, targets or
+    widths are not those of the adapter or the model, or it holds more than an adapter."""
     folder = Path(folder)
     config, have = read_adapter_config(folder), lora_layers(model, name)
     tensors = read_tensors(folder / "adapter_model.safetensors")
     whole = [key for key in tensors if ".lora_" not in key]
     if whole:
-        raise InputError(f"{folder} brings whole weights ({whole[0]}), of a resized vocabulary or of "
-                         "modules_to_save: only plain LoRA adapters are implemented here")
+        raise InputError(f"{folder} brings whole weights ({whole[0]}), of a resized vocabulary or "
+                         "of modules_to_save: only plain LoRA is implemented here")
     if have:
         layer = next(iter(have.values()))
         mine = {"r": layer.rank(name), "alpha": layer.alpha[name], "targets": targets_of(have)}
         for key, value in mine.items():
             if config[key] != value:
-                raise InputError(f"adapter {name}: {folder} has {key} {config[key]}, expected {value}")
+                raise InputError(f"adapter {name}: {folder} has {key} {config[key]}, "
+                                 f"expected {value}")
     check_tensors(model, tensors, config, folder)
     if not have:
         add_lora(model, name, config["r"], config["alpha"], config["dropout"], config["targets"])
@@ -288,7 +289,7 @@ def check_tensors(model, tensors, config, folder):
         raise InputError(f"{folder}: tensor {odd[0]} {what}")
     for key, shape in expected.items():
         if tensors[key].shape != shape:
-            raise InputError(f"{folder}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}: "
-                             "another r, or another model's width")
+            raise InputError(f"{folder}: {key} has shape {tuple(tensors[key].shape)}, expected "
+                             f"{shape}: another r, or another model's width")
         if not tensors[key].isfinite().all():
             raise InputError(f"{folder}: {key} holds numbers that are not finite")

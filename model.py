@@ -1,7 +1,8 @@
-"""LLaMA: layers, log-probabilities, KV cache and sampler, files (Touvron et al., arXiv 2302.13971, 2307.09288).
+"""LLaMA: layers, log-probabilities, KV cache and sampler, files (Touvron et al., arXiv 2302.13971,
+2307.09288).
 
-This is the network that everything else trains or reads. It does not know that LoRA exists: `lora.py`
-swaps some of its linear layers for layers that know.
+This is the network that everything else trains or reads. It does not know that LoRA exists:
+`lora.py` swaps some of its linear layers for layers that know.
 
 Legend   B batch, T tokens, V vocabulary, D width, H query heads, K key/value heads, d head width,
          S slots of the KV cache that a step reads, N tokens of a whole batch laid end to end
@@ -12,10 +13,11 @@ Legend   B batch, T tokens, V vocabulary, D width, H query heads, K key/value he
     norm -> `hidden` (B, T, D) -> output -> logits (B, T, V)
 
 Decisions that are easy to get wrong:
-1. Names are Meta's (wq, w1, attention_norm). The order of rotary pairs inside a head is Hugging Face's
-   (first half, second half), so Hugging Face weights load by renaming alone; Meta's files interleave
-   the pairs, and tools/convert.py permutes their rows once.
-2. Padding is on the right only. With a causal mask no real token can see it, so training builds no mask.
+1. Names are Meta's (wq, w1, attention_norm). The order of rotary pairs inside a head is Hugging
+   Face's (first half, second half), so Hugging Face weights load by renaming alone; Meta's files
+   interleave the pairs, and tools/convert.py permutes their rows once.
+2. Padding is on the right only. With a causal mask no real token can see it, so training builds no
+   mask.
 3. A token costs one uniform number (inverse CDF), keyed by (seed, row): what a row samples depends
    neither on its batch mates nor on how many processes share the work.
 """
@@ -37,7 +39,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-BANNED = -1e30             # logit of an id that must not be drawn: finite, since 0 * infinity is NaN
+BANNED = -1e30             # logit of an id that is never drawn: finite, since 0 * infinity is NaN
 MAX_LOGITS = 1 << 22       # made at one time, in float32: 16 MiB
 
 
@@ -69,11 +71,6 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
             if self.dim % self.n_heads:
                 raise InputError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-        if self.n_heads % self.n_kv_heads:
-            raise InputError(f"n_heads {self.n_heads} is not a multiple of "
-                             f"n_kv_heads {self.n_kv_heads}")
-        if self.head_dim % 2:
-            raise InputError(f"head width {self.head_dim} is odd: rotary embeddings turn pairs")
 
 
 # ---------------------------------------------------------------------------------------- layers
@@ -93,7 +90,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions, head_dim, theta):
-    """cos and sin of position * theta^(-2i/d), float32 (RoFormer, eq. 15). (..,) -> two (.., d/2)."""
+    """cos and sin of position * theta^(-2i/d), float32 (RoFormer, eq. 15). (..,) -> two (..,
+    d/2)."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * theta ** (-i / head_dim)
     return angles.cos(), angles.sin()
@@ -153,7 +151,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+    """One layer: attention and feed-forward, each behind a norm and added to the residual
+    stream."""
 
     def __init__(self, c):
         super().__init__()
@@ -173,7 +172,8 @@ def no_context(block):
 
 
 class Llama(nn.Module):
-    """The transformer. `lm_head=False` leaves the output matrix out: reward models have no use for it."""
+    """The transformer. `lm_head=False` leaves the output matrix out: reward models have no use for
+    it."""
 
     def __init__(self, config, lm_head=True):
         super().__init__()
@@ -197,12 +197,13 @@ class Llama(nn.Module):
     def hidden(self, tokens, cache=None):
         """tokens (B, T) int64 -> (B, T, D), after the final norm.
 
-        With a cache: right-padded prompts, or, when decoding, one new token per row (see KVCache)."""
+        With a cache: right-padded prompts, or, when decoding, one new token per row (see
+        KVCache)."""
         c = self.config
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]          # (1, T)
         else:
-            positions = cache.begin(tokens)                         # (1, T), or (B, 1) when decoding
+            positions = cache.begin(tokens)                           # (1, T); when decoding (B, 1)
         if positions.shape[1] > c.max_seq_len:
             raise InputError(f"{positions.shape[1]} tokens are more than the model's "
                              f"{c.max_seq_len} positions")
@@ -255,16 +256,17 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
                       max_logits=MAX_LOGITS):
     """Log-probability and entropy of each target, and what the reference says of it -> TokenStats.
 
-    head: the output layer. states (N, D) predict the targets (N,). banned_mask (V,) bool: ids that the
-    sampler never draws; the same ban applies here, or PPO's ratio would not be 1. ref: (head, states) of
-    the frozen reference. divergence: function of both logits (n, V) -> (n,), differentiated with respect
-    to the first. Logits are made `max_logits` at a time, and again in the backward pass.
+    head: the output layer. states (N, D) predict the targets (N,). banned_mask (V,) bool: ids that
+    the sampler never draws; the same ban applies here, or PPO's ratio would not be 1. ref: (head,
+    states) of the frozen reference. divergence: function of both logits (n, V) -> (n,),
+    differentiated with respect to the first. Logits are made `max_logits` at a time, and again in
+    the backward pass.
 
     InputError if the head has an adapter, which the backward pass would not find active again.
     """
     if not isinstance(head, nn.Linear):
-        raise InputError(f"the output layer is a {type(head).__name__}, expected a plain linear layer: "
-                         "an adapter on it can be merged, but PPO does not train it")
+        raise InputError(f"the output layer is a {type(head).__name__}, expected a plain linear "
+                         "layer: an adapter on it can be merged, but PPO does not train it")
 
     def of_some(states, targets, ref_states):
         logits = masked_logits(head, states, banned_mask)                        # (n, V)
@@ -293,7 +295,8 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
 # -------------------------------------------------------------------------------------- sampling
 
 def keyed_seed(*key):
-    """An integer seed that belongs to this key (numbers, strings) and nothing else, on any machine."""
+    """An integer seed that belongs to this key (numbers, strings) and nothing else, on any
+    machine."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 
@@ -311,9 +314,11 @@ def nucleus(probs, top_p):
 
 
 def sample(logits, u, temperature=1.0, top_p=1.0):
-    """Inverse CDF: the first id whose cumulative probability exceeds u * total; temperature 0: argmax.
+    """Inverse CDF: the first id whose cumulative probability exceeds u * total; temperature 0:
+    argmax.
 
-    logits (B, V) float32, u (B,) -> ids (B,), and the log-probability of drawing each (B,), nats."""
+    logits (B, V) float32, u (B,) -> ids (B,), and the log-probability of drawing each (B,),
+    nats."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(u)
     probs = torch.softmax(logits / temperature, dim=-1)
@@ -361,13 +366,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
 @torch.inference_mode()
 def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=2, seed=0,
                      banned_ids=(0, 1), batch_size=None, row_ids=None):
-    """Sample a continuation of each prompt; the EOS is included, a row without it is as long as allowed.
+    """Sample a continuation of each prompt; the EOS is included, a row without it is as long as
+    allowed.
 
-    prompts: non-empty lists of ids, of any lengths. max_new_tokens: one number, or one for each prompt.
-    temperature 0 is greedy. banned_ids are never drawn. batch_size: rows decoded at once (None: all); a
-    row that ends makes room for the next prompt. row_ids: the key of each row's random numbers (None: its
-    index), so that a share of a batch draws what the whole batch would. Returns Samples.
-    InputError for what cannot be generated, FloatingPointError if the model computes no finite numbers.
+    prompts: non-empty lists of ids, of any lengths. max_new_tokens: one number, or one for each
+    prompt. temperature 0 is greedy. banned_ids are never drawn. batch_size: rows decoded at once
+    (None: all); a row that ends makes room for the next prompt. row_ids: the key of each row's
+    random numbers (None: its index), so that a share of a batch draws what the whole batch would.
+    Returns Samples. InputError for what cannot be generated, FloatingPointError if the model
+    computes no finite numbers.
     """
     limits = max_new_tokens
     if not isinstance(limits, list):
@@ -395,29 +402,24 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
 
 def check_generate(model, prompts, limits, temperature, top_p):
     """InputError for what cannot be generated."""
-    vocab_size, room = model.config.vocab_size, model.config.max_seq_len
+    room = model.config.max_seq_len
     if not (temperature == 0 or 1e-3 <= temperature < math.inf) or not 0 < top_p <= 1:
         raise InputError(f"got temperature {temperature}, top_p {top_p}: expected 0 (greedy) or at "
                          "least 0.001, and above 0 up to 1")
     for prompt, limit in zip(prompts, limits, strict=True):
-        if not prompt or limit < 1:
-            raise InputError(f"got a prompt of {len(prompt)} ids and {limit} new ones: expected at "
-                             "least one (BOS) and one")
-        if len(prompt) + limit > room:
-            raise InputError(f"a prompt of {len(prompt)} tokens and {limit} new ones exceed the "
-                             f"model's {room} positions: shorten one of them")
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise InputError(f"prompt ids must lie in 0..{vocab_size - 1}, got {max(prompt)}: "
-                             "another model's tokenizer?")
+        if min(len(prompt), limit) < 1 or len(prompt) + limit > room:
+            raise InputError(f"got a prompt of {len(prompt)} tokens and {limit} new ones: expected "
+                             f"at least one of each, and together at most {room}")
 
 
 class KVCache:
-    """Keys and values of all layers; every row has its own length and writes at its own position."""
+    """Keys and values of all layers; every row has its own length and writes at its own
+    position."""
 
     def __init__(self, rows, slots, device):
         self.slots = slots       # prompt and new tokens of the longest row
         self.k, self.v = [], []  # per layer (B, K, slots, d), allocated by the first prompts
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)       # (B,) tokens stored
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)      # (B,) tokens stored
         self.seen = 0            # S: no row that decodes reads more slots
         self.prompts_of = None   # the rows whose prompts are coming in; None when decoding
         self.rows = self.mask = None
@@ -435,7 +437,7 @@ class KVCache:
     def attend(self, layer, q, k, v):
         """Store k, v (b, K, T, d) of a layer; q (b, H, T, d) attends to all that its row holds."""
         if self.prompts_of is not None:
-            if layer == len(self.k):           # zeros: a masked slot has weight 0, and 0 * NaN is NaN
+            if layer == len(self.k):         # zeros: a masked slot has weight 0, and 0 * NaN is NaN
                 shape = (len(self.lengths), k.shape[1], self.slots, k.shape[3])
                 self.k.append(k.new_zeros(shape))
                 self.v.append(v.new_zeros(shape))
@@ -444,7 +446,8 @@ class KVCache:
             return attend(q, k, v)
         self.k[layer][self.rows, :, self.lengths] = k[:, :, 0]
         self.v[layer][self.rows, :, self.lengths] = v[:, :, 0]
-        return attend(q, self.k[layer][:, :, :self.seen], self.v[layer][:, :, :self.seen], self.mask)
+        k, v = self.k[layer][:, :, :self.seen], self.v[layer][:, :, :self.seen]
+        return attend(q, k, v, self.mask)
 
     def make_visible(self, slots):
         """Have the next step read so many slots: on a GPU a multiple of 64 of them, so that one
@@ -461,15 +464,16 @@ class KVCache:
 
 @lru_cache
 def recording_stream(device):
-    """The stream on which a GPU's recordings are made. One per GPU: torch's own is on the GPU that was
-    current first, and cuBLAS keeps memory for each stream."""
+    """The stream on which a GPU's recordings are made. One per GPU: torch's own is on the GPU that
+    was current first, and cuBLAS keeps memory for each stream."""
     return torch.cuda.Stream(device)
 
 
 class Recorded:
-    """A step without arguments, on tensors that stay where they are. On a GPU it is recorded (a CUDA
-    graph) when its shapes come for the second time, and replayed from then on: a thousand kernels
-    started by one call. What is recorded must not wait for the GPU (`item`, `print`, `nonzero`)."""
+    """A step without arguments, on tensors that stay where they are. On a GPU it is recorded (a
+    CUDA graph) when its shapes come for the second time, and replayed from then on: a thousand
+    kernels started by one call. What is recorded must not wait for the GPU (`item`, `print`,
+    `nonzero`)."""
     enabled = True
 
     def __init__(self, step, device):
@@ -480,7 +484,7 @@ class Recorded:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), recording_stream(device)
 
     def __call__(self, *shapes):
-        if not self.able or shapes not in self.graphs:         # the first time: its kernels are loaded
+        if not self.able or shapes not in self.graphs:         # the first time, kernels are loaded
             self.graphs[shapes] = None
             return self.step()
         if self.graphs[shapes] is None:
@@ -491,8 +495,8 @@ class Recorded:
 
 
 class Decoder:
-    """Rows that are being answered, `size` at a time. A row ends with EOS or at its limit; ended rows
-    make room for the prompts that wait, or, when none do, leave the batch."""
+    """Rows that are being answered, `size` at a time. A row ends with EOS or at its limit; ended
+    rows make room for the prompts that wait, or, when none do, leave the batch."""
     LOOK_EVERY = 8       # steps between looks at what has ended: each look waits for the GPU
 
     def __init__(self, model, prompts, limits, u, banned, pick, eos_id, size):
@@ -506,7 +510,7 @@ class Decoder:
         self.logprobs = torch.zeros((N, M + 1), device=device)
         slots = max(len(p) + n for p, n in zip(prompts, limits))
         self.cache = KVCache(B, slots, device)
-        self.state = model.norm.weight.new_zeros(B, model.config.dim)     # (B, D), predicts what comes
+        self.state = model.norm.weight.new_zeros(B, model.config.dim)     # (B, D): what comes next
         self.which = torch.zeros(B, dtype=torch.int64, device=device)     # (B,) prompt of each row
         self.count = torch.zeros_like(self.which)                         # (B,) ids drawn so far
         self.last = torch.zeros_like(self.which)                          # (B,) the id drawn last
@@ -523,7 +527,7 @@ class Decoder:
                 if 8 * len(ended) >= len(self.done):           # fewer are not worth the copying
                     self.replace(ended)
                 if not torch.isfinite(self.state).all():
-                    raise FloatingPointError("hidden states of the model that samples are not finite")
+                    raise FloatingPointError("hidden states of the sampling model are not finite")
             self.draw()
             read(len(self.done), self.cache.seen)
             self.longest += 1
@@ -537,8 +541,8 @@ class Decoder:
         if n < len(ended):
             rest = (~self.done).nonzero()[:, 0]
             self.cache.keep(rest)
-            self.state, self.which, self.count = self.state[rest], self.which[rest], self.count[rest]
-            self.last, self.done = self.last[rest], self.done[rest]
+            for name in ("state", "which", "count", "last", "done"):
+                setattr(self, name, getattr(self, name)[rest])
         self.longest = int(self.cache.lengths.max())
         self.cache.make_visible(self.longest + 1)
 
@@ -547,7 +551,8 @@ class Decoder:
         prompts = self.prompts[self.waiting:self.waiting + len(rows)]
         lengths = torch.tensor([len(p) for p in prompts], device=rows.device)
         self.cache.prompts_of = rows
-        states = self.model.hidden(pad_right(prompts).to(rows.device), self.cache)        # (b, T, D)
+        tokens = pad_right(prompts).to(rows.device)                                      # (b, T)
+        states = self.model.hidden(tokens, self.cache)                                   # (b, T, D)
         self.cache.prompts_of = None
         self.cache.lengths[rows] = lengths
         self.state[rows] = states[torch.arange(len(rows), device=rows.device), lengths - 1]
@@ -567,14 +572,15 @@ class Decoder:
         self.done |= (ids == self.eos_id) | (self.count == self.limits[self.which])
 
     def read(self):
-        """What the model makes of the ids drawn last; an ended row's is written over by its next."""
+        """What the model makes of the ids drawn last; an ended row's is written over by its
+        next."""
         self.state.copy_(self.model.hidden(self.last[:, None], self.cache)[:, 0])
         self.cache.lengths += ~self.done
 
 
 # ----------------------------------------------------------------------------------------- files
 
-HF_NAMES = {      # our name (Meta's) of each part of a parameter's path -> Hugging Face's and PEFT's
+HF_NAMES = {      # a part of a parameter's path: our name (Meta's) -> Hugging Face's and PEFT's
     "tok_embeddings": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
     "output": "lm_head", "attention": "self_attn", "feed_forward": "mlp",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -610,7 +616,7 @@ def whole_file(path):
         with writing(path):
             yield temporary
             with open(temporary, "rb") as f:
-                os.fsync(f.fileno())       # or after a power cut the name could be there, the content not
+                os.fsync(f.fileno())       # or a power cut could leave the name without the content
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -644,8 +650,6 @@ def parse_json(text, where):
     except json.JSONDecodeError as e:
         hint = " (JSON lines? then its name must end in .jsonl)" if e.msg == "Extra data" else ""
         raise InputError(f"{where}: broken JSON, {e.msg} at line {e.lineno}{hint}") from None
-    except (RecursionError, ValueError) as e:
-        raise InputError(f"{where}: JSON that Python does not read ({e})") from None
 
 
 def read_json(path, kind=dict):
@@ -712,10 +716,11 @@ SIZES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidd
 
 
 def hf_config(raw, file):
-    """Hugging Face's config.json -> LlamaConfig; InputError names what `Llama` does not implement."""
+    """Hugging Face's config.json -> LlamaConfig; InputError names what `Llama` does not
+    implement."""
     for key, plain in PLAIN.items():
         if raw.get(key, plain) not in (plain, None):
-            raise InputError(f"{file}: {key} = {raw[key]} is not implemented here (plain LLaMA only)")
+            raise InputError(f"{file}: {key} = {raw[key]} is not implemented (plain LLaMA only)")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise InputError(f"{file}: rope scaling {rope} is not implemented here")
@@ -734,23 +739,24 @@ def hf_config_json(config, dtype):
     sizes = {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes,
             "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "hidden_act": "silu",
-            "tie_word_embeddings": config.tie_embeddings, "attention_bias": False, "mlp_bias": False,
-            "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": str(dtype).removeprefix("torch.")}
+            "tie_word_embeddings": config.tie_embeddings, "bos_token_id": 1, "eos_token_id": 2,
+            "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def load_llama(path, device="cpu", dtype=torch.float32):
     """Read a model from a Hugging Face folder of safetensors, in one file or in shards.
 
-    Tensors are read one at a time and cast on the way: the peak is the model in `dtype` and one tensor.
-    The model is in eval mode. InputError names what is missing, extra, of a wrong shape, or not
-    implemented here."""
+    Tensors are read one at a time and cast on the way: the peak is the model in `dtype` and one
+    tensor. The model is in eval mode. InputError names what is missing, extra, of a wrong shape, or
+    not implemented here."""
     model = empty_llama(read_model_config(path), device, dtype)
     fill(model, {our_name(name): read for name, read in weight_readers(path).items()}, path)
     return model
 
 
 def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):
-    """A model in eval mode whose weights are allocated once, in their final dtype, and hold nothing."""
+    """A model in eval mode whose weights are allocated once, in their final dtype, and hold
+    nothing."""
     with torch.device("meta"):
         model = Llama(config, lm_head).to(dtype)
     model.to_empty(device=device).tie()
@@ -759,17 +765,18 @@ def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):
 
 @torch.no_grad()
 def fill(module, readers, path):
-    """Put tensors (our name -> function that reads one) into the module's parameters, one at a time.
+    """Put tensors (our name -> function that reads one) into the module's parameters, one at a
+    time.
 
     InputError names what is missing, extra, of another shape, quantised, or not finite."""
-    parameters = dict(module.named_parameters())               # (of a tied pair the first name alone)
+    parameters = dict(module.named_parameters())             # (of a tied pair the first name alone)
     readers = {k: r for k, r in readers.items() if not k.endswith("rotary_emb.inv_freq")}
     if "output.weight" in readers and "output.weight" not in parameters:
-        copy = readers.pop("output.weight")                    # tied: it may be there twice, or alone
+        copy = readers.pop("output.weight")                  # tied: it may be there twice, or alone
         original = readers.setdefault("tok_embeddings.weight", copy)
         if not torch.equal(original(), copy()):
-            raise InputError(f"{path}: the config ties the output matrix to the embeddings, but the "
-                             "file has two different matrices")
+            raise InputError(f"{path}: the config ties the output matrix to the embeddings, but "
+                             "the file has two different matrices")
     odd = sorted(set(readers) ^ set(parameters))
     if odd:
         what = "has no place in this model" if odd[0] in readers else "is missing"
@@ -790,7 +797,7 @@ def save_llama(model, path, **about):
     """Write a Hugging Face folder that load_llama and transformers read; `about` joins config.json.
 
     Adapters have to be merged first (lora.merge_lora): a model that still holds some is refused."""
-    names = dict(model.named_parameters())                                       # tied weights: once
+    names = dict(model.named_parameters())                                      # tied weights: once
     adapters = [name for name in names if ".lora_" in name]
     if adapters:
         raise InputError(f"{adapters[0]} is not a LLaMA weight: merge the adapters before saving")
@@ -801,7 +808,8 @@ def save_llama(model, path, **about):
 
 
 def fingerprint(model):
-    """A short hash of a model's sizes and of 64 numbers of each weight; casting does not change it."""
+    """A short hash of a model's sizes and of 64 numbers of each weight; casting does not change
+    it."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, p in model.named_parameters():
         if ".lora_" not in name:

@@ -1,9 +1,9 @@
-"""PPO's arithmetic: rewards, advantages, losses, statistics (Schulman et al., arXiv 1707.06347; Ziegler
-et al., arXiv 1909.08593).
+"""PPO's arithmetic: rewards, advantages, losses, statistics (Schulman et al., arXiv 1707.06347;
+Ziegler et al., arXiv 1909.08593).
 
-Pure functions of tensors, and the record that a rollout leaves behind. `response_mask` is bool, True
-where a token counts (up to and including EOS). What is in the padding - NaN, even - changes neither
-values nor gradients: masked places are replaced with torch.where, since 0 * NaN is NaN.
+Pure functions of tensors, and the record that a rollout leaves behind. `response_mask` is bool,
+True where a token counts (up to and including EOS). What is in the padding - NaN, even - changes
+neither values nor gradients: masked places are replaced with torch.where, since 0 * NaN is NaN.
 
 Legend   B sequences, T tokens of a row (prompt + response), R response tokens
 
@@ -39,6 +39,7 @@ class Rollout:
     values: torch.Tensor               # (B, R) float32
     entropy: torch.Tensor              # (B, R) float32, of the policy's next-token distribution
     kl: torch.Tensor                   # (B, R) float32, exact KL(policy || reference)
+    sampled_logprobs: torch.Tensor | None = None   # (B, R) float32, as the sampler had them
     penalty: torch.Tensor | None = None      # (B, R) float32, what kl_coef multiplies in the reward
     advantages: torch.Tensor | None = None   # (B, R) float32, whitened over the global batch
     returns: torch.Tensor | None = None      # (B, R) float32, what the critic is trained towards
@@ -70,7 +71,8 @@ class Rollout:
 
 
 def join_rollouts(parts):
-    """Rollouts of several processes -> one, part after part, the narrower ones padded with zeros."""
+    """Rollouts of several processes -> one, part after part, the narrower ones padded with
+    zeros."""
     def join(name, _):
         tensors = [getattr(part, name) for part in parts]
         if tensors[0].dim() == 1:
@@ -122,8 +124,8 @@ def gae(rewards, values, response_mask, gamma, lam):
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)         A_t = delta_t + gamma lam A_{t+1}
         return_t = A_t + V(s_t)
 
-    V and A after the last True token are 0, EOS or not: the episode is over. lam = 0 is TD(0),
-    lam = gamma = 1 Monte Carlo. rewards, values (B, R) -> advantages, returns (B, R), 0 in the padding,
+    V and A after the last True token are 0, EOS or not: the episode is over. lam = 0 is TD(0), lam
+    = gamma = 1 Monte Carlo. rewards, values (B, R) -> advantages, returns (B, R), 0 in the padding,
     without gradient."""
     rewards = torch.where(response_mask, rewards, 0.0).detach()
     values = torch.where(response_mask, values, 0.0).detach()
@@ -158,12 +160,12 @@ def with_advantages(rollout, regularizer, kl_coef, missing_eos_penalty, gamma, l
 # ---------------------------------------------------------------------------------------- losses
 
 def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip):
-    """PPO's clipped surrogate, to be minimised (PPO eq. 7):
-    mean of max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)), ratio = exp(logprobs - old_logprobs).
+    """PPO's clipped surrogate, to be minimised (PPO eq. 7): mean of max(-A ratio, -A clamp(ratio, 1
+    - clip, 1 + clip)), ratio = exp(logprobs - old_logprobs).
 
-    All (B, R) -> scalar over the True positions, and detached stats: clip_frac (share of tokens whose
-    gradient the clip has cut off), ratio_max and ratio_mean (of |ratio - 1|), approx_kl (k3 of old
-    against new, nats per token)."""
+    All (B, R) -> scalar over the True positions, and detached stats: clip_frac (share of tokens
+    whose gradient the clip has cut off), ratio_max and ratio_mean (of |ratio - 1|), approx_kl (k3
+    of old against new, nats per token)."""
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
     advantages = torch.where(response_mask, advantages, 0.0)
     ratio = log_ratio.exp()
@@ -182,7 +184,8 @@ def value_loss(values, old_values, returns, response_mask, clip):
     """Squared error of the critic, clipped as in PPO's reference code:
     mean of max((v - R)^2, (v_clip - R)^2) / 2, v_clip = old + clamp(v - old, -clip, clip).
 
-    All (B, R) -> scalar over the True positions, and detached stats: value_clip_frac, value_mean."""
+    All (B, R) -> scalar over the True positions, and detached stats: value_clip_frac,
+    value_mean."""
     values = torch.where(response_mask, values, 0.0)
     old_values = torch.where(response_mask, old_values, 0.0)
     returns = torch.where(response_mask, returns, 0.0)
@@ -212,6 +215,7 @@ def rollout_statistics(rollout):
     mask = rollout.response_mask
     k3 = sampled("bregman", rollout.logprobs, rollout.ref_logprobs)
     fit = explained_variance(rollout.values, rollout.returns, mask)
+    gap = torch.where(mask, (rollout.sampled_logprobs - rollout.logprobs).abs(), 0.0)
     stats = {"score": rollout.scores.mean(), "score_std": rollout.scores.std(correction=0),
              "kl_per_token": masked_mean(rollout.kl, mask),
              "kl_per_sequence": rollout.kl.sum(-1).mean(),
@@ -220,20 +224,23 @@ def rollout_statistics(rollout):
              "penalty_per_token": masked_mean(rollout.penalty, mask),
              "entropy": masked_mean(rollout.entropy, mask), "explained_variance": fit,
              "length": rollout.response_lengths.float().mean(),
-             "eos_rate": rollout.finished.float().mean()}
+             "eos_rate": rollout.finished.float().mean(),
+             "sampling_gap": gap.max(), "sampling_gap_mean": masked_mean(gap, mask)}
     return {name: x.item() for name, x in stats.items()}
 
 
 def average_statistics(table, norms):
-    """Of one update: means over all tokens, gradient norms over the optimiser steps -> {name: number}.
+    """Of one update: means over all tokens, gradient norms over the optimiser steps -> {name:
+    number}.
 
     table: a row per micro-batch: its "optimizer_step", its number of "tokens" and its statistics.
-    ratio_max is a maximum; first_..: of the first optimiser step, before which nothing has moved."""
+    ratio_max is a maximum; first_..: of the first optimiser step, before which nothing has
+    moved."""
     def mean(rows, name):
         return sum(row[name] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
 
     first = [row for row in table if row["optimizer_step"] == 0]
-    stats = {name: mean(table, name) for name in table[0] if name not in ("optimizer_step", "tokens")}
+    stats = {name: mean(table, name) for name in table[0].keys() - {"optimizer_step", "tokens"}}
     stats |= {name: sum(n[name] for n in norms) / len(norms) for name in norms[0]}
     stats["ratio_max"] = max(row["ratio_max"] for row in table)
     stats["first_ratio_max"] = max(row["ratio_max"] for row in first)
@@ -244,12 +251,13 @@ def average_statistics(table, norms):
 
 
 def check_first_step(rollout, row, dtype, dropout=0.0):
-    """Before anything has moved, policy and reference are one model. RuntimeError says what is broken.
+    """Before anything has moved, policy and reference are one model. RuntimeError says what is
+    broken.
 
-    row: the statistics of the step. With dropout in the update the first ratio is not 1, and is only
-    reported. float32 logits of 20 to 30, as trained models have, are good to about 1e-5: no token may
-    be off. bfloat16 holds such logits to 0.1: single tokens are far off, and only their mean says
-    something: 3 %."""
+    row: the statistics of the step. With dropout in the update the first ratio is not 1, and is
+    only reported. float32 logits of 20 to 30, as trained models have, are good to about 1e-5: no
+    token may be off. bfloat16 holds such logits to 0.1: single tokens are far off, and only their
+    mean says something: 3 %."""
     ratio, gap = row["first_ratio_max"], row["sampling_gap"]
     ratio_bound, gap_bound = 1e-4, 5e-4
     if dtype != torch.float32:
@@ -257,12 +265,12 @@ def check_first_step(rollout, row, dtype, dropout=0.0):
         ratio_bound = gap_bound = 3e-2
     claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing",
                rollout.kl.abs().max().item(), 0.0),
-              ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with the "
-               "full forward", gap, gap_bound)]
+              ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with "
+               "the full forward", gap, gap_bound)]
     if not dropout:
         claims.append(("the first ratio is 1: the update's forward is the rollout's",
                        ratio, ratio_bound))
     for claim, got, bound in claims:
         if not got <= bound:
-            raise RuntimeError(f"step 1 broke an assumption: {claim}; got a difference of {got:.2e}, "
-                               f"at most {bound:.0e} is rounding")
+            raise RuntimeError(f"step 1 broke an assumption: {claim}; got a difference of "
+                               f"{got:.2e}, at most {bound:.0e} is rounding")

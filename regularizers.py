@@ -3,41 +3,43 @@
 Legend   B batch, R response tokens, V vocabulary; p the policy, q the reference, r = q/p,
          d = log p - log q, all for the token that was sampled from p; nats per token
 
-    name                   sampled(d)                                  expectation under p       >= 0
-    kl                     d                                   (k1)    KL(p || q)                no
-    clamped_kl             max(d, 0)                                   above KL                  yes
-    squared_error          d^2 / 2                             (k2)    about KL near p = q       yes
-    bregman                exp(-d) - 1 + d                     (k3)    KL(p || q)                yes
-    bregman_paper          exp(d) - 1 - d                              chi^2(p||q) - KL(p||q)    yes
-    jensen_shannon         (r log(2r/(1+r)) + log(2/(1+r))) / 2        JS(p, q)                  yes
-    jensen_shannon_paper   log(2/(1+exp(-|d|))) / 2                    neither                   yes
+    name                   sampled(d)                                expectation under p       >= 0
+    kl                     d                                 (k1)    KL(p || q)                no
+    clamped_kl             max(d, 0)                                 above KL                  yes
+    squared_error          d^2 / 2                           (k2)    about KL near p = q       yes
+    bregman                exp(-d) - 1 + d                   (k3)    KL(p || q)                yes
+    bregman_paper          exp(d) - 1 - d                            chi^2(p||q) - KL(p||q)    yes
+    jensen_shannon         (r log(2r/(1+r)) + log(2/(1+r))) / 2      JS(p, q)                  yes
+    jensen_shannon_paper   log(2/(1+exp(-|d|))) / 2                  neither                   yes
 
-With sums over the vocabulary: clamped_kl has the expectation sum p log(p/q) over the tokens with p > q,
-squared_error sum p (log p - log q)^2 / 2, bregman_paper sum p^2 / q - 1 - KL, jensen_shannon_paper
-sum p log(2 max(p, q) / (p + q)) / 2, which is linear in d near 0 and at most log(2) / 2.
-k1, k2, k3 are Schulman's names (joschu.net/blog/kl-approx.html, 2020).
+With sums over the vocabulary: clamped_kl has the expectation sum p log(p/q) over the tokens with p
+> q, squared_error sum p (log p - log q)^2 / 2, bregman_paper sum p^2 / q - 1 - KL,
+jensen_shannon_paper sum p log(2 max(p, q) / (p + q)) / 2, which is linear in d near 0 and at most
+log(2) / 2. k1, k2, k3 are Schulman's names (joschu.net/blog/kl-approx.html, 2020).
 
 Two ways to use a divergence, which are not the same:
-* in the reward: the sampled value is a number, charged to the token that was drawn; its policy gradient
-  is E_p[f(d) grad log p]. But grad E_p[f(d)] = E_p[f(d) grad log p] + E_p[f'(d) grad log p]: the second
-  half is lost. For k1 it is E_p[grad log p] = 0: nothing is lost, the gradient is that of KL. k2, k3 and
-  JS are of second order in d, and so is what is left of them: near p = q they hardly push. Share of
-  KL's gradient that each keeps (by enumeration in tests/test_regularizers.py, V = 200, token KL 0.1):
-  k1 1.00, clamped about .6, bregman_paper .2 to .3, k2, k3 and paper-JS below .2, unbiased JS about 0.
-* in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true one of
-  each token's divergence at the states visited (of KL with respect to a logit: p (log p - log q - KL)).
-  How a token changes the KL of later states is left out; k1 in the reward has it, through GAE.
+* in the reward: the sampled value is a number, charged to the token that was drawn; its policy
+  gradient is E_p[f(d) grad log p]. But grad E_p[f(d)] = E_p[f(d) grad log p] + E_p[f'(d) grad log
+  p]: the second half is lost. For k1 it is E_p[grad log p] = 0: nothing is lost, the gradient is
+  that of KL. k2, k3 and JS are of second order in d, and so is what is left of them: near p = q
+  they hardly push. Share of KL's gradient that each keeps (by enumeration in
+  tests/test_regularizers.py, V = 200, token KL 0.1): k1 1.00, clamped about .6, bregman_paper .2 to
+  .3, k2, k3 and paper-JS below .2, unbiased JS about 0.
+* in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true
+  one of each token's divergence at the states visited (of KL with respect to a logit: p (log p -
+  log q - KL)). How a token changes the KL of later states is left out; k1 in the reward has it,
+  through GAE.
 One coefficient weighs differently in the two: what is in the reward is divided by the advantages'
-standard deviation when they are whitened, what is in the loss is not.
-The other two combinations are refused. An exact divergence in the reward is the same number whichever
-token is drawn: its own-token gradient is 0. A sampled form in the loss has a derivative, but not the
-divergence's: k1's is 0 on average, k3's that of KL(q || p).
+standard deviation when they are whitened, what is in the loss is not. The other two combinations
+are refused. An exact divergence in the reward is the same number whichever token is drawn: its
+own-token gradient is 0. A sampled form in the loss has a derivative, but not the divergence's: k1's
+is 0 on average, k3's that of KL(q || p).
 
 Departures from the paper's code: its Jensen-Shannon and its bregman are kept under the names _paper
-(bregman has p/q where k3 has q/p). Its forms took exp(logprob) first and were inf or NaN near -110; here
-everything stays in log space, and the difference of nearly equal terms is taken in float64: near d = 0,
-JS is d^2/8, which float32 cannot resolve. No sample is clamped: for d below -88 k3 and JS, for d above
-88 bregman_paper overflow float32, and the run stops and says so.
+(bregman has p/q where k3 has q/p). Its forms took exp(logprob) first and were inf or NaN near -110;
+here everything stays in log space, and the difference of nearly equal terms is taken in float64:
+near d = 0, JS is d^2/8, which float32 cannot resolve. No sample is clamped: for d below -88 k3 and
+JS, for d above 88 bregman_paper overflow float32, and the run stops and says so.
 """
 import math
 
@@ -64,7 +66,7 @@ def jensen_shannon_terms(logp, logq):
     return -(logp.exp() * log_half_sum(-d) + logq.exp() * log_half_sum(d)).sum(-1) / 2
 
 
-SAMPLED = {      # name -> penalty of a token as a function of its d; one more is a line here (and a test)
+SAMPLED = {      # name -> penalty of a token as a function of its d; one more is one line
     "kl": lambda d: d,
     "clamped_kl": lambda d: d.clamp(min=0),
     "bregman": lambda d: torch.expm1(-d) + d,
@@ -80,7 +82,8 @@ EXACT = {        # name -> divergence as a function of log p, log q (.., V), all
 
 
 def sampled(name, logprobs, ref_logprobs):
-    """One-sample penalty of each token: logprobs, ref_logprobs (B, R) -> (B, R), nats. See the table."""
+    """One-sample penalty of each token: logprobs, ref_logprobs (B, R) -> (B, R), nats. See the
+    table."""
     d = logprobs.double() - ref_logprobs.double()
     return SAMPLED[name](d).to(logprobs.dtype)
 

@@ -1,20 +1,22 @@
-"""The reward model and the critic: a LLaMA trunk with a scalar head; and the module that PPO trains.
+"""The reward model and the critic: a LLaMA trunk with a scalar head; and the module that PPO
+trains.
 
-RLHF needs four models. Two frozen trunks, or one, are enough: each model is a trunk plus an adapter.
+RLHF needs four models. Two frozen trunks, or one, are enough: each model is a trunk plus an
+adapter.
 
                 two trunks                             one trunk
                 (--reward is a full model)             (--reward is an adapter on the SFT model)
     policy      SFT trunk + "policy"                   SFT trunk + "policy"
     reference   SFT trunk, no adapter                  SFT trunk, no adapter
     reward      reward trunk + reward head             SFT trunk + "reward" + reward head
-    value       reward trunk + "value" + value head    SFT trunk + "value" (starts as "reward") + head
+    value       reward trunk + "value" + value head    SFT trunk + "value" (once "reward") + head
 
 Legend   B batch, T tokens, R response tokens, D width, N response tokens of a batch laid end to end
 
-Departures from the paper's code: heads are float32; the reward model reads the ids that were sampled, at
-the last real token, never re-tokenised text; whether that token is the EOS is written in the model's
-config (`score_eos`). AlpacaFarm's released reward model has seen text without EOS: a final EOS is left
-out for it.
+Departures from the paper's code: heads are float32; the reward model reads the ids that were
+sampled, at the last real token, never re-tokenised text; whether that token is the EOS is written
+in the model's config (`score_eos`). AlpacaFarm's released reward model has seen text without EOS: a
+final EOS is left out for it.
 """
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -26,7 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import length_mask, micro_batches, pack, response_places
-from lora import adapter, add_lora, copy_lora, load_lora, lora_layers, merge_lora, save_lora, targets_of
+from lora import (adapter, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
+                  save_lora, targets_of)
 from model import (InputError, ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config,
                    hf_config_json, hf_name, load_llama, our_name, read_json,
                    response_logprobs, save_weights, tensor_readers, weight_readers, write_json)
@@ -35,14 +38,15 @@ from regularizers import exact
 
 
 def bradley_terry_loss(chosen, rejected):
-    """-log sigmoid(chosen - rejected), the mean over pairs (Bradley & Terry 1952; Stiennon et al., arXiv
-    2009.01325, eq. 1). chosen, rejected (B,) scores -> scalar, nats per pair: log 2 when the scores say
-    nothing."""
+    """-log sigmoid(chosen - rejected), the mean over pairs (Bradley & Terry 1952; Stiennon et al.,
+    arXiv 2009.01325, eq. 1). chosen, rejected (B,) scores -> scalar, nats per pair: log 2 when the
+    scores say nothing."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
 class ScalarHead(nn.Linear):
-    """One float32 number per state: (.., D) -> (..,). Zero at the start: a new head has no opinion."""
+    """One float32 number per state: (.., D) -> (..,). Zero at the start: a new head has no
+    opinion."""
 
     def __init__(self, dim):
         super().__init__(dim, 1)
@@ -54,7 +58,8 @@ class ScalarHead(nn.Linear):
 
 
 def autocast(model, dtype):
-    """Fully trained models keep float32 weights and compute in `dtype` (None: adapters need nothing)."""
+    """Fully trained models keep float32 weights and compute in `dtype` (None: adapters need
+    nothing)."""
     if dtype in (None, torch.float32):
         return nullcontext()
     return torch.autocast(model.device.type, dtype)
@@ -95,14 +100,15 @@ class Evaluation(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """Policy and critic as one module, so that one DistributedDataParallel and one backward serve both.
+    """Policy and critic as one module, so that one DistributedDataParallel and one backward serve
+    both.
 
-    policy: Llama with the adapter `policy_adapter` (None: fully trained, then `ref` is a frozen copy).
-    critic: a trunk, maybe the same one, with `value_adapter`; None in the SFT stage, which trains the
-    policy's half alone. banned_mask (V,): ids that are never sampled."""
+    policy: Llama with the adapter `policy_adapter` (None: fully trained, then `ref` is a frozen
+    copy). critic: a trunk, maybe the same one, with `value_adapter`; None in the SFT stage, which
+    trains the policy's half alone. banned_mask (V,): ids that are never sampled."""
 
-    def __init__(self, policy, policy_adapter=None, critic=None, value_adapter=None, banned_mask=None,
-                 ref=None, autocast_dtype=None):
+    def __init__(self, policy, policy_adapter=None, critic=None, value_adapter=None,
+                 banned_mask=None, ref=None, autocast_dtype=None):
         super().__init__()
         self.policy, self.policy_adapter = policy, policy_adapter
         self.critic, self.value_adapter = critic, value_adapter
@@ -112,7 +118,8 @@ class ActorCritic(nn.Module):
 
     @contextmanager
     def acting(self, trained=True):
-        """The policy to sample from, or (trained=False) the reference, in the update's precision."""
+        """The policy to sample from, or (trained=False) the reference, in the update's
+        precision."""
         model, name = self.policy, self.policy_adapter
         if not trained:
             model, name = self.ref or self.policy, None
@@ -134,15 +141,25 @@ class ActorCritic(nn.Module):
             with torch.no_grad(), self.acting(trained=False) as model:
                 ref = model.output, states_of(model)
         with self.acting() as model:
-            stats = response_logprobs(model.output, states_of(model), targets, self.banned_mask, ref,
-                                      compare)
+            stats = response_logprobs(model.output, states_of(model), targets, self.banned_mask,
+                                      ref, compare)
         if self.critic is not None:
-            with adapter(self.critic, self.value_adapter), autocast(self.critic, self.autocast_dtype):
+            with adapter(self.critic, self.value_adapter), autocast(self.critic,
+                                                                    self.autocast_dtype):
                 values = self.value_head(states_of(self.critic))
         mask = length_mask(response_lengths, int(response_lengths.max()))                  # (B, R)
-        rows = [None if x is None else torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x)
-                for x in (*stats, values)]
-        return Evaluation(*rows)
+        empty = torch.zeros(mask.shape, device=mask.device)
+        return Evaluation(*(x if x is None else empty.masked_scatter(mask, x)
+                            for x in (*stats, values)))
+
+    def groups(self):
+        """What PPO trains, in two groups that share nothing: name -> parameters."""
+        policy = [p for p in self.policy.parameters() if p.requires_grad]
+        critic = [p for p in self.critic.parameters() if p.requires_grad]
+        if self.policy_adapter:
+            policy = lora_parameters(self.policy, self.policy_adapter)
+            critic = lora_parameters(self.critic, self.value_adapter)
+        return {"policy": policy, "critic": critic + list(self.value_head.parameters())}
 
 
 @torch.no_grad()
@@ -160,7 +177,8 @@ def score_responses(reward_model, prompts, responses, eos_id, micro_batch):
 
 @torch.no_grad()
 def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
-    """What policy, critic, reference and reward model say of responses, ids in -> Rollout on the CPU.
+    """What policy, critic, reference and reward model say of responses, ids in -> Rollout on the
+    CPU.
 
     Dropout is off: these are PPO's old_logprobs. Rows of similar length share a forward pass."""
     device = net.policy.device
@@ -181,14 +199,15 @@ def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
 
 # ------------------------------------------------------------------------------- the four models
 
-def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, alpha=64.0, dropout=0.0):
-    """The four models of PPO on one or two trunks, ready to train -> ActorCritic (with the reference),
-    RewardModel.
+def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, alpha=64.0,
+                 dropout=0.0):
+    """The four models of PPO on one or two trunks, ready to train -> ActorCritic (with the
+    reference), RewardModel.
 
     rank, alpha: of the policy's adapter, and on two trunks of the value's; on one trunk the value
     adapter is a copy of the reward adapter and has its rank and alpha. rank 0 trains all weights of
-    policy and critic instead, kept in float32 and computed in `dtype`; so is the frozen copy that is the
-    reference, or KL would not be exactly 0 at the start."""
+    policy and critic instead, kept in float32 and computed in `dtype`; so is the frozen copy that
+    is the reference, or KL would not be exactly 0 at the start."""
     policy = load_llama(model_path, device, dtype if rank else torch.float32).requires_grad_(False)
     reward_model = load_reward_model(reward_path, device, dtype, policy).requires_grad_(False)
     banned_mask = ban_mask(policy.config.vocab_size, banned_ids, device)
@@ -203,7 +222,8 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
     if critic is policy:
         layers = lora_layers(critic, "reward")
         first = next(iter(layers.values()))
-        add_lora(critic, "value", first.rank("reward"), first.alpha["reward"], dropout, targets_of(layers))
+        rank, alpha = first.rank("reward"), first.alpha["reward"]
+        add_lora(critic, "value", rank, alpha, dropout, targets_of(layers))
         copy_lora(critic, "reward", "value")
     else:
         add_lora(critic, "value", rank, alpha, dropout)
@@ -211,7 +231,8 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
 
 
 def load_critic(model_path, reward_path, device):
-    """A trunk in float32 that computes what the reward model computes, its adapter (if any) merged."""
+    """A trunk in float32 that computes what the reward model computes, its adapter (if any)
+    merged."""
     if not is_adapter(reward_path):
         return load_reward_model(reward_path, device).trunk.requires_grad_(True)
     trunk = load_llama(model_path, device)
@@ -229,8 +250,9 @@ def is_adapter(path):
 
 
 def save_reward_model(model, path, **about):
-    """A full reward model as a folder (tensors backbone_model.* and reward_head.*, as AlpacaFarm's), or,
-    if it is an adapter, a PEFT folder with reward_head.safetensors and its trunk's fingerprint."""
+    """A full reward model as a folder (tensors backbone_model.* and reward_head.*, as
+    AlpacaFarm's), or, if it is an adapter, a PEFT folder with reward_head.safetensors and its
+    trunk's fingerprint."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     head = {f"reward_head.{name}": p for name, p in model.head.named_parameters()}
@@ -250,8 +272,8 @@ def save_reward_model(model, path, **about):
 def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None):
     """Read a full reward model, or an adapter, which joins `trunk` under the name "reward".
 
-    InputError if the adapter was trained on another trunk (by fingerprint), or if a tensor is missing,
-    extra or of another shape."""
+    InputError if the adapter was trained on another trunk (by fingerprint), or if a tensor is
+    missing, extra or of another shape."""
     path = Path(path)
     if is_adapter(path):
         return load_reward_adapter(path, trunk)
@@ -273,9 +295,8 @@ def reward_config(path):
         raise InputError(f"{path}/config.json does not say the model's sizes (AlpacaFarm's): "
                          "tools/convert.py reward makes a folder that does")
     if "reward_head.weight" not in weight_readers(path):
-        raise InputError(f"{path} has no tensor reward_head.weight, it is a "
-                         f"{about.get('architectures', ['?'])[0]}: expected a reward model (tensors "
-                         "backbone_model.* and reward_head.*)")
+        raise InputError(f"{path} has no tensor reward_head.weight: it is a model of architecture "
+                         f"{about.get('architectures')}, expected a reward model")
     return hf_config(about, path / "config.json")
 
 

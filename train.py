@@ -1,27 +1,28 @@
 """The stages of RLHF - SFT, reward model, PPO - as plain DistributedDataParallel loops.
 
     python train.py                                  one process, the toy world
-    torchrun --nproc_per_node=2 train.py             two processes, the same results but for rounding
+    torchrun --nproc_per_node=2 train.py             two processes: the same but for rounding
     torchrun --nproc_per_node=2 train.py --stage ppo --model runs/sft --reward runs/reward
              --prompts unlabeled.json --out runs/ppo
 
-In order: settings, run folder, processes, what the stages share, the three stages, main. Read `ppo` and
-what follows it first.
+In order: settings, run folder, processes, what the stages share, the three stages, main. Read `ppo`
+and what follows it first.
 
 Legend   B sequences of a global batch, T tokens, R response tokens
 
 Departures from the paper's code (numbers as in the README):
 1. True accumulation: each loss is summed over tokens and divided by the *global* number of response
-   tokens; one clip and one optimiser step per minibatch. (The paper's code steps on each of 8 reuses of
-   the same 16 sequences.)
+   tokens; one clip and one optimiser step per minibatch. (The paper's code steps on each of 8
+   reuses of the same 16 sequences.)
 5. No dropout in the update by default; with it, old_logprobs are taken without.
 6. Token in, token out: the reward model scores the ids that were sampled.
-11. Checkpoints hold all that a resumed run needs, the first learning rate is above 0, logged KL is not
-   clamped, logged gradient norms are from before the clipping. Policy and critic are clipped apart: they
-   share no parameter.
-Every random number is a function of (seed, step, row or epoch): no generator's state has to be saved,
-and results depend neither on the number of processes nor on where a run was interrupted. (The masks of
-dropout, if there is any, belong to a process and its micro-batches as well.)
+11. Checkpoints hold all that a resumed run needs, the first learning rate is above 0, logged KL is
+    not
+   clamped, logged gradient norms are from before the clipping. Policy and critic are clipped apart:
+   they share no parameter.
+Every random number is a function of (seed, step, row or epoch): no generator's state has to be
+saved, and results depend neither on the number of processes nor on where a run was interrupted.
+(The masks of dropout, if there is any, belong to a process and its micro-batches as well.)
 """
 import argparse
 import contextlib
@@ -45,8 +46,8 @@ except ImportError:      # (Windows: no lock)
 
 import torch
 import torch.distributed as dist
-# torch imports this by itself when a model is made; after init_process_group its default arguments would
-# keep the group, and with it threads that can crash a process which has done all its work
+# torch imports this by itself when a model is made; after init_process_group its default arguments
+# would keep the group, and with it threads that can crash a process which has done all its work
 import torch.distributed.nn.functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,10 +56,10 @@ from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, loa
                   split_by_instruction)
 from eval import (Parser, accuracy_report, check_rows, device_and_dtype, evaluate, load_run,
                   mistakes_in_one_line, pair_accuracy, report, score_pairs, summarise)
-from lora import add_lora, lora_parameters, merge_lora, read_adapter_config, save_lora
+from lora import add_lora, merge_lora, read_adapter_config, save_lora
 from model import (InputError, Llama, LlamaConfig, fingerprint, keyed_seed, load_llama, read_json,
-                   read_model_config, read_text, sample_responses, save_llama, whole_file, write_json,
-                   writing)
+                   pad_right, read_model_config, read_text, sample_responses, save_llama,
+                   whole_file, write_json, writing)
 from ppo import (average_statistics, check_first_step, join_rollouts, masked_mean, policy_loss,
                  rollout_statistics, value_loss, with_advantages)
 from regularizers import EXACT, SAMPLED
@@ -68,41 +69,38 @@ from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_
 
 # -------------------------------------------------------------------------------------- settings
 
-def knob(default, help, low=0, choices=None, decides=True):
-    """A setting: its default, what it means and in which unit, its smallest value or its choices, and
-    whether it decides the result (a run folder made with another is then not continued)."""
-    return field(default=default, metadata={"help": help, "low": low, "choices": choices,
-                                            "decides": decides})
+def knob(default, help, low=0, choices=None):
+    """A setting: default, meaning and unit, smallest value (None: any) or choices."""
+    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Common:
-    """Settings of every stage. Defaults are the paper's, but for dropout (0.1 there) and the missing-EOS
-    penalty (none there); without --model those in TOY replace some of them."""
-    model: str = knob("", "model folder to start from (none: a new tiny model for the toy world)")
+    """Settings of every stage. Defaults are the paper's, but for dropout (0.1 there) and the
+    missing-EOS penalty (none there); without --model those in TOY replace some of them."""
+    model: str = knob("", "model folder to start from (none: a new tiny model, in the toy world)")
     tokenizer: str = knob("", "sentencepiece file (default: tokenizer.model in --model)")
     seed: int = knob(0, "seed of everything random")
     dtype: str = knob("auto", "of frozen weights; auto: float32 on a CPU, bfloat16 on a GPU",
                       choices=("auto", "float32", "bfloat16"))
-    micro_batch: int = knob(8, "sequences (or pairs) per forward pass of a process", 1, decides=False)
-    checkpoint_activations: bool = knob(False, "recompute each layer in the backward pass: less memory, "
-                                               "a third more time", decides=False)
-    save_every: int = knob(20, "steps between checkpoints", 1, decides=False)
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm, policy and critic apart", 1e-6)
+    micro_batch: int = knob(8, "sequences (or pairs) per forward pass of a process", 1)
+    checkpoint_activations: bool = knob(False, "recompute each layer in the backward pass: less "
+                                               "memory, a third more time")
+    save_every: int = knob(20, "steps between checkpoints", 1)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to it, policy and critic apart", 1e-6)
     lr: float = knob(1e-5, "peak learning rate")
-    steps: int = knob(0, "optimiser steps (0: from epochs); of PPO rollout batches")
+    steps: int = knob(0, "optimiser steps (0: from epochs); of PPO: rollout batches")
     lora_rank: int = knob(8, "rank of the adapters (0: train all weights)")
     lora_alpha: float = knob(64.0, "the adapters' product is scaled by alpha / rank", 1e-6)
     lora_dropout: float = knob(0.0, "dropout of the adapters in the update (the paper: 0.1)")
 
     def __post_init__(self):
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
+            value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
             if choices and value not in choices:
                 raise InputError(f"--{f.name} {value!r} is not one of {', '.join(choices)}")
-            if f.type in (int, float) and f.metadata["low"] is not None \
-                    and not f.metadata["low"] <= value < math.inf:
-                raise InputError(f"--{f.name} {value}: expected a number, at least {f.metadata['low']}")
+            if f.type in (int, float) and low is not None and not low <= value < math.inf:
+                raise InputError(f"--{f.name} {value}: expected a number, at least {low}")
 
 
 @dataclass(frozen=True)
@@ -111,42 +109,41 @@ class Supervised(Common):
     epochs: float = knob(1.0, "passes over the data", 1e-6)
     batch: int = knob(16, "demonstrations, or pairs, per optimiser step", 1)
     beta2: float = knob(0.999, "decay of Adam's second moment in the sft and reward stages")
-    max_len: int = knob(512, "longest row of the sft and reward stages, tokens; longer ones lose their "
-                             "tail", 2)
+    max_len: int = knob(512, "longest row of sft and reward, tokens; the rest is cut off", 2)
 
 
 @dataclass(frozen=True)
 class SFTConfig(Supervised):
-    """Settings of supervised fine-tuning."""
+    """Settings of supervised fine-tuning: cosine decay of the learning rate after 3 % warm-up."""
     sft_data: str = knob("", "demonstrations: JSON rows of instruction, input, output")
     epochs: float = knob(3.0, "passes over the data", 1e-6)
     batch: int = knob(128, "demonstrations, or pairs, per optimiser step", 1)
-    lr: float = knob(2e-5, "peak learning rate (sft and reward: cosine decay after 3 %% warm-up)")
+    lr: float = knob(2e-5, "peak learning rate")
 
 
 @dataclass(frozen=True)
 class RewardConfig(Supervised):
-    """Settings of the reward model."""
-    preference_data: str = knob("", "comparisons: JSON rows of instruction, input, output_1, output_2, "
-                                    "preference")
-    preference_test: str = knob("", "comparisons for the accuracy (default: a tenth of the instructions "
-                                    "of --preference_data)")
+    """Settings of the reward model; its learning rate decays as SFT's."""
+    preference_data: str = knob("", "comparisons: JSON rows of instruction, input, output_1, "
+                                    "output_2, preference")
+    preference_test: str = knob("", "comparisons for the accuracy (default: a tenth of the "
+                                    "instructions of --preference_data)")
     lr: float = knob(3e-6, "peak learning rate")
 
 
 @dataclass(frozen=True)
 class PPOConfig(Common):
-    """Settings of PPO."""
+    """Settings of PPO: linear decay of the learning rate after the warm-up."""
     reward: str = knob("", "reward model folder: a full model, or an adapter on --model")
     prompts: str = knob("", "prompts for PPO: JSON rows of instruction, input")
-    steps: int = knob(781, "optimiser steps (0: from epochs); of PPO rollout batches", 1)
+    steps: int = knob(781, "optimiser steps (0: from epochs); of PPO: rollout batches", 1)
     rollout_batch: int = knob(256, "responses per PPO step, over all processes", 1)
     minibatch: int = knob(128, "responses per optimiser step, over all processes", 1)
     ppo_epochs: int = knob(2, "passes over each rollout batch", 1)
-    generate_batch: int = knob(0, "responses decoded at once by a process (0: all)", decides=False)
+    generate_batch: int = knob(0, "responses decoded at once by a process (0: all)")
     prompt_len: int = knob(192, "longest prompt, tokens; longer ones are dropped", 1)
     response_len: int = knob(300, "longest response, tokens", 1)
-    warmup_steps: int = knob(5, "PPO steps until the peak learning rate; then linear decay")
+    warmup_steps: int = knob(5, "PPO steps until the peak learning rate")
     gamma: float = knob(1.0, "discount")
     lam: float = knob(0.95, "lambda of GAE")
     clip: float = knob(0.2, "PPO's clip range of the ratio")
@@ -155,92 +152,87 @@ class PPOConfig(Common):
     whiten_rewards: bool = knob(False, "divide rewards by their standard deviation (no shift)")
     regularizer: str = knob("kl", "penalty for leaving the reference",
                             choices=("none", *(SAMPLED | EXACT)))
-    regularizer_mode: str = knob("reward", "charge the sampled penalty to the reward, or add the exact "
-                                           "divergence to the loss", choices=("reward", "loss"))
+    regularizer_mode: str = knob("reward", "charge the sampled penalty to the reward, or add the "
+                                           "exact divergence to the loss",
+                                 choices=("reward", "loss"))
     kl_coef: float = knob(0.02, "weight of the penalty; negative: pays for leaving", None)
-    missing_eos_penalty: float = knob(1.0, "subtracted from the score of a response without EOS", None)
-    eval_data: str = knob("", "evaluation: JSON rows of instruction, input, output", decides=False)
-    eval_every: int = knob(0, "PPO steps between evaluations (0: only at the end)", decides=False)
-    eval_drop_long: bool = knob(False, "leave out evaluation rows that do not fit the model (default: "
-                                       "refuse them)", decides=False)
-    eval_temperature: float = knob(0.7, "temperature of the evaluation's answers", decides=False)
+    missing_eos_penalty: float = knob(1.0, "charged to a response without EOS", None)
+    eval_data: str = knob("", "evaluation: JSON rows of instruction, input, output")
+    eval_every: int = knob(0, "PPO steps between evaluations (0: only at the end)")
+    eval_drop_long: bool = knob(False, "leave out evaluation rows that do not fit the model "
+                                       "(default: refuse them)")
+    eval_temperature: float = knob(0.7, "temperature of the evaluation's answers")
 
     def __post_init__(self):
         super().__post_init__()
         if self.rollout_batch % self.minibatch:
             fitting = self.minibatch * math.ceil(self.rollout_batch / self.minibatch)
-            raise InputError(f"--rollout_batch {self.rollout_batch} is not a multiple of --minibatch "
-                             f"{self.minibatch}: try {fitting}")
+            raise InputError(f"--rollout_batch {self.rollout_batch} is not a multiple of "
+                             f"--minibatch {self.minibatch}: try {fitting}")
         allowed = SAMPLED if self.regularizer_mode == "reward" else EXACT
         if self.regularizer not in ("none", *allowed):
             raise InputError(f"--regularizer {self.regularizer} with --regularizer_mode "
-                             f"{self.regularizer_mode}: the reward takes one-sample penalties, the loss "
-                             f"exact divergences; here one of none, {', '.join(allowed)}")
+                             f"{self.regularizer_mode}: the reward takes one-sample penalties, the "
+                             f"loss exact divergences; here one of none, {', '.join(allowed)}")
         if self.eval_every and not self.eval_data:
             raise InputError("--eval_every needs --eval_data: there is nothing to evaluate on")
         if 0 < self.eval_temperature < 1e-3:
-            raise InputError(f"--eval_temperature {self.eval_temperature}: expected 0, or at least .001")
+            raise InputError(f"--eval_temperature {self.eval_temperature}: expected 0, or 0.001 up")
 
-    @property
-    def penalty(self):
-        """Name of the sampled penalty in the reward, or None."""
-        charged = self.regularizer_mode == "reward" and self.regularizer != "none"
-        return self.regularizer if charged else None
-
-    @property
-    def divergence(self):
-        """Name of the exact divergence in the loss, or None."""
-        added = self.regularizer_mode == "loss" and self.regularizer != "none"
-        return self.regularizer if added else None
+    def regularizer_in(self, mode):
+        """Name of the penalty in the "reward" or the "loss", or None."""
+        acts = self.regularizer_mode == mode and self.regularizer != "none"
+        return self.regularizer if acts else None
 
 
 STAGES = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
-DATA = {"sft": "sft_data", "reward": "preference_data", "ppo": "prompts"}       # what each cannot do without
-PATHS = ("model", "reward", "tokenizer", "sft_data", "preference_data", "preference_test", "prompts")
-OWN = ("lr", "steps", "epochs", "batch", "lora_rank", "lora_alpha", "lora_dropout")  # --sft_lr, --reward_lr
+NEEDS = {"sft": "sft_data", "reward": "preference_data", "ppo": "prompts"}
+PATHS = ("model", "reward", "tokenizer", "sft_data", "preference_data", "preference_test",
+         "prompts")
+OWN = ("lr", "steps", "epochs", "batch", "lora_rank", "lora_alpha", "lora_dropout")  # --sft_lr, ..
+FREE = ("micro_batch", "checkpoint_activations", "save_every", "generate_batch", "eval_data",
+        "eval_every", "eval_drop_long", "eval_temperature")   # may change when a run is continued
 
 TOY_FOLDER = os.path.relpath(Path(__file__).resolve().parent / "toy")
 TOY_MODEL = LlamaConfig(vocab_size=960, dim=128, n_layers=3, n_heads=4, ffn_dim=352, norm_eps=1e-5,
                         max_seq_len=256, tie_embeddings=True)
-TOY_COMMON = {"tokenizer": f"{TOY_FOLDER}/tokenizer.model", "micro_batch": 32}
+TOY_SUPERVISED = {"lora_rank": 0, "max_len": 160, "beta2": 0.95}
 TOY = {
-    "sft": {**TOY_COMMON, "sft_data": f"{TOY_FOLDER}/sft.json", "epochs": 10.0, "batch": 16, "lr": 2e-3,
-            "lora_rank": 0, "max_len": 160, "beta2": 0.95},
-    "reward": {**TOY_COMMON, "preference_data": f"{TOY_FOLDER}/preference.json",
-               "preference_test": f"{TOY_FOLDER}/preference_test.json", "epochs": 3.0, "batch": 32,
-               "lr": 8e-4, "lora_rank": 0, "max_len": 160, "beta2": 0.95},
-    "ppo": {**TOY_COMMON, "prompts": f"{TOY_FOLDER}/unlabeled.json", "eval_data": f"{TOY_FOLDER}/test.json",
+    "sft": TOY_SUPERVISED | {"sft_data": f"{TOY_FOLDER}/sft.json", "epochs": 10.0, "batch": 16,
+                             "lr": 2e-3},
+    "reward": TOY_SUPERVISED | {"preference_data": f"{TOY_FOLDER}/preference.json",
+                                "preference_test": f"{TOY_FOLDER}/preference_test.json",
+                                "epochs": 3.0, "batch": 32, "lr": 8e-4},
+    "ppo": {"prompts": f"{TOY_FOLDER}/unlabeled.json", "eval_data": f"{TOY_FOLDER}/test.json",
             "steps": 80, "rollout_batch": 128, "minibatch": 64, "lr": 2e-3, "lora_alpha": 32.0,
             "vf_coef": 1.0, "kl_coef": 0.1, "prompt_len": 32, "response_len": 64,
             "missing_eos_penalty": 3.0}}
+for settings in TOY.values():
+    settings |= {"tokenizer": f"{TOY_FOLDER}/tokenizer.model", "micro_batch": 32}
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line: what is to be done, where, and the settings of each stage of it."""
-    stage: str
+    """A command line: what is to be done, and where."""
+    stage: str         # "all", or one stage
+    redo: str          # the stage to run again, "eval", or ""
     out: str
-    redo: str
-    start: str         # --model: the folder that the first stage starts from ("": a new toy model)
-    configs: dict      # stage -> its settings
-
-    def folder(self, stage):
-        """Where a stage writes: --out itself for a single stage with --model, else a folder in it."""
-        alone = self.start and self.stage != "all"
-        return Path(self.out) if alone else Path(self.out) / stage
+    start: str         # --model: what the first stage starts from ("": a new toy model)
+    folders: dict      # stage -> where it writes, whether or not it is to be run
+    configs: dict      # stage that is to be run -> its settings
 
 
 def build_parser():
     """A flag per setting; those in OWN have one for each supervised stage as well."""
-    parser = Parser(description="SFT, reward model and PPO with LoRA. Without --model: the toy world. "
-                    f"Plain {', '.join(f'--{name}' for name in OWN)} are those of the named stage (of PPO "
-                    "under `all`); --sft_lr, --reward_steps, .. the others'.", allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    own = ", ".join(f"--{name}" for name in OWN)
+    about = (f"SFT, reward model and PPO with LoRA. Without --model: the toy world. Plain {own} are "
+             "those of the named stage (PPO under all); --sft_lr, --reward_steps, .. the others'.")
+    parser = Parser(description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=("all", *STAGES), help="what to run (default: all)")
-    parser.add_argument("--out", help="run folder; the same command continues what is in it (default: "
-                                      "runs/toy in the toy world, else runs/default)")
-    parser.add_argument("--redo", choices=(*STAGES, "eval"), help="set the results of this stage, and of "
-                        "later ones, aside (ppo.1, ..) and run them again")
+    parser.add_argument("--out", help="run folder; the same command continues what is in it "
+                                      "(default: runs/toy in the toy world, else runs/default)")
+    parser.add_argument("--redo", choices=(*STAGES, "eval"), help="set the results of this stage, "
+                        "and of later ones, aside (ppo.1, ..) and run them again")
     flags = {}
     for stage, kind in STAGES.items():
         for f in fields(kind):
@@ -249,55 +241,54 @@ def build_parser():
                 flags[f"{stage}_{f.name}"] = {stage: f}
     for name, by_stage in flags.items():
         f = list(by_stage.values())[-1]
-        default = {stage: TOY[stage].get(g.name, g.default) for stage, g in by_stage.items()}
-        about = f"{f.metadata['help']} (default: {f.default!r}; toy world: {default})"
+        toy = {stage: TOY[stage][f.name] for stage in by_stage if f.name in TOY[stage]}
+        about = f"{f.metadata['help']} (default: {f.default!r}" + (f"; toy: {toy})" if toy else ")")
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{name}", help=about, **kind)
+        parser.add_argument(f"--{name}", help=about.replace("%", "%%"), **kind)
     return parser
 
 
 def parse(argv):
     """Command line -> Command. InputError for what makes no sense."""
     given = vars(build_parser().parse_args(argv))
-    stage, redo, start = given.pop("stage", "all"), given.pop("redo", ""), given.get("model", "")
-    out = given.pop("out", "runs/default" if start else "runs/toy")
-    if not out or not given.get("model", "-"):
+    stage, start = given.pop("stage", "all"), given.get("model", "")
+    out, redo = given.pop("out", "runs/default" if start else "runs/toy"), given.pop("redo", "")
+    if not out or given.get("model") == "":
         raise InputError("--out or --model is empty: a variable of the shell that is not set?")
-    named = "ppo" if stage == "all" else stage
-    for name in OWN:
-        if name in given and name not in PPOConfig.__dataclass_fields__ and named == "ppo":
-            raise InputError(f"--{name} is no setting of ppo: give --sft_{name} or --reward_{name}")
     if "reward" in given and stage != "ppo":
         raise InputError(f"--reward goes with --stage ppo: --stage {stage} would not use it")
-    configs = {}
+    if stage in ("all", "ppo") and {"epochs", "batch"} & given.keys():
+        raise InputError("PPO has no --epochs and --batch: give --sft_epochs, --reward_batch, ..")
+    alone = start and stage != "all"       # one stage, from models that other commands have made
+    folders = {one: Path(out) if alone else Path(out) / one for one in STAGES}
+    named, configs = "ppo" if stage == "all" else stage, {}
     for one in STAGES if stage == "all" else [stage]:
         values = {"tokenizer": f"{start}/tokenizer.model"} if start else dict(TOY[one])
         for f in fields(STAGES[one]):
-            if f.name in given and (f.name not in OWN or one == named):
+            if f.name in given and (one == named or f.name not in OWN):
                 values[f.name] = given[f.name]
             if f.name in OWN and f"{one}_{f.name}" in given:
                 values[f.name] = given[f"{one}_{f.name}"]
-        configs[one] = STAGES[one](**values)
-    command = Command(stage, out, redo, start, configs)
-    for one, cfg in configs.items():
-        if one != "sft" and (stage == "all" or not start):
-            configs[one] = replace(cfg, model=str(command.folder("sft")))
-    if "ppo" in configs and not configs["ppo"].reward and (stage == "all" or not start):
-        configs["ppo"] = replace(configs["ppo"], reward=str(command.folder("reward")))
-    for one, cfg in configs.items():
-        for name in (DATA[one], "model", "reward"):
-            if getattr(cfg, name, "-") == "" and not (name == "model" and not start):
+        if one != "sft" and not alone:
+            values["model"] = str(folders["sft"])
+        if one == "ppo" and not alone:
+            values.setdefault("reward", str(folders["reward"]))
+        for name in (NEEDS[one], "reward"):
+            if values.get(name, "") == "" and (one == "ppo" or name != "reward"):
                 raise InputError(f"--stage {stage} with --model needs --{name}")
-    return command
+        configs[one] = STAGES[one](**values)
+    if redo and redo not in (*configs, "eval") or redo == "eval" and not configs.get("ppo"):
+        raise InputError(f"--redo {redo} does not go with --stage {stage}")
+    return Command(stage, redo, out, start, folders, configs)
 
 
 # ------------------------------------------------------------------------------------ run folder
 
 class Run:
-    """The folder of one stage: config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, the result,
-    and finished.json. Paths are stored as seen from it; what is compared is the content."""
+    """The folder of one stage: config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, the
+    result, and finished.json. Paths are stored as seen from it; what is compared is the content."""
 
     def __init__(self, stage, folder, cfg):
         self.stage, self.folder, self.cfg = stage, folder, cfg
@@ -308,43 +299,46 @@ class Run:
                 if Path(value).is_file():
                     self.content[f.name] = digest(value)
                 value = os.path.relpath(Path(value).resolve(), folder.resolve())
-            if f.metadata["decides"]:
+            if f.name not in FREE:
                 self.settings[f.name] = value
 
     @property
     def finished(self):
         return (self.folder / "finished.json").is_file()
 
+    def made_with(self):
+        """What config.json says, {} where nothing is. InputError if something else is there."""
+        if (self.folder / "config.json").is_file():
+            about = read_json(self.folder / "config.json")
+            if about.get("run", {}).get("stage") == self.stage:
+                return about
+        elif not list(self.folder.glob("*.safetensors")):
+            return {}
+        raise InputError(f"{self.folder} holds something that is not a run of stage {self.stage}: "
+                         "choose another --out")
+
     def check(self):
-        """Refuse a folder that was made with other settings or data, or holds something else."""
-        if not (self.folder / "config.json").is_file():
-            for name in ("model.safetensors", "adapter_config.json", "params.json", "checkpoint.pt"):
-                if (self.folder / name).exists():
-                    raise InputError(f"{self.folder} holds {name} and no config.json of a run: choose "
-                                     "another --out")
-            return
-        about = read_json(self.folder / "config.json")
-        before, content = about.get("run", {}), about.get("content", {})
-        if before.get("stage") != self.stage:
-            raise InputError(f"{self.folder} holds something that is not a run of stage {self.stage}: "
-                             "choose another --out")
-        other = [f"{name} {before.get(name)!r} (now {value!r})" for name, value in self.settings.items()
+        """Refuse a folder that was made with other settings or data."""
+        about = self.made_with()
+        before, content = about.get("run", self.settings), about.get("content", {})
+        other = [f"{name} {before.get(name)!r} (now {value!r})"
+                 for name, value in self.settings.items()
                  if name not in PATHS and before.get(name) != value]
         other += [f"other content of {name}" for name, value in self.content.items()
                   if content.get(name, value) != value]
         if other:
-            raise InputError(f"{self.folder} was made with {', '.join(other)}: give the same, another "
-                             f"--out, or --redo {self.stage}")
+            raise InputError(f"{self.folder} was made with {', '.join(other)}: give the same, "
+                             f"another --out, or --redo {self.stage}")
 
     def resume(self, parameters, optimizer, **models):
-        """Continue from the checkpoint, or begin -> the step that was taken last. models: what the stage
-        starts from, by the setting that names it."""
+        """Continue from the checkpoint, or begin -> the step that was taken last. models: what the
+        stage starts from, by the setting that names it."""
         self.content |= {name: fingerprint(model) for name, model in models.items()}
         first_does(self.check)
         step = self.restore(parameters, optimizer)
         if len(set(gather(step))) > 1:
-            raise InputError(f"the processes see different checkpoints in {self.folder}: --out must be a "
-                             "shared folder")
+            raise InputError(f"the processes see different checkpoints in {self.folder}: --out "
+                             "must be a shared folder")
         first_does(lambda: self.begin(step))
         if step:
             say(f"{self.stage}: continuing after step {step} of {self.folder}")
@@ -355,14 +349,14 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "config.json", {"run": self.settings, "content": self.content})
         for path in self.folder.glob("*.jsonl"):
-            lines = read_text(path).split("\n")[:-1]           # (the last one is empty, or half a line)
+            lines = read_text(path).split("\n")[:-1]       # (the last one is empty, or half a line)
             with whole_file(path) as temporary:
                 kept = [line for line in lines if line and json.loads(line)["step"] <= step]
                 temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     @torch.no_grad()
     def restore(self, parameters, optimizer):
-        """Put a checkpoint's parameters and optimiser state in place -> its step; 0: there is none."""
+        """Put a checkpoint's parameters and optimiser state in place -> its step (0: none)."""
         path = self.folder / "checkpoint.pt"
         if not path.is_file():
             return 0
@@ -387,15 +381,15 @@ class Run:
     def append(self, name, rows):
         """Add rows to a file of JSON lines."""
         def write():
-            with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as f:
+            path = self.folder / name
+            with writing(path), open(path, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         first_does(write)
 
     def finish(self, save_result, tokenizer, **summary):
-        """Write the result, and last finished.json: with it the stage is done."""
+        """Write the result (save_result() -> its folder), and last finished.json."""
         def save():
-            folder = save_result()
-            with whole_file(folder / "tokenizer.model") as temporary:
+            with whole_file(save_result() / "tokenizer.model") as temporary:
                 shutil.copyfile(tokenizer.path, temporary)
             write_json(self.folder / "finished.json", summary)
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -411,35 +405,35 @@ def digest(path):
 
 def set_aside(path):
     """Rename a result to path.1, path.2, ..: nothing is deleted."""
+    names = (Path(f"{path}.{n}") for n in itertools.count(1))
     if path.exists():
-        taken = itertools.count(1)
-        os.rename(path, next(p for p in (f"{path}.{n}" for n in taken) if not Path(p).exists()))
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def hold(folder):
     """Keep other processes from writing to a folder until the descriptor is closed, or we die."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(AttributeError):                  # (Windows has no fcntl)
+    if fcntl:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another process is writing to {folder}: wait for it, or choose another "
-                             "--out") from None
+            raise InputError(f"another process is writing to {folder}: wait for it, or choose "
+                             "another --out") from None
     return descriptor
 
 
 # ------------------------------------------------------------------------------------- processes
 
-PARENT = os.getppid()
+PARENT = os.getppid()      # torchrun, or a shell
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(text):
@@ -452,15 +446,15 @@ def start_processes():
     """Join the processes that torchrun started (or be the only one) -> this process's device."""
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if 0 < gpus < here:
-        say(f"note: {here} processes share {gpus} GPU (--nproc_per_node={gpus}: one for each)")
     # NCCL refuses two processes on one GPU; while one writes a checkpoint, the others wait
     settings = {"backend": "gloo", "timeout": timedelta(hours=2)}
     if gpus >= here and dist.is_nccl_available():
         settings |= {"backend": "nccl", "device_id": torch.device("cuda", local)}
-    if "WORLD_SIZE" not in os.environ:
+    elif gpus:
+        say(f"note: {here} processes share {gpus} GPU (--nproc_per_node={gpus}: one for each)")
+    if world_size() == 1:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if dist.is_initialized():                                  # by an earlier call, ended by a mistake
+    if dist.is_initialized():                               # by an earlier call, ended by a mistake
         dist.destroy_process_group()
     if gpus:
         torch.cuda.set_device(local % gpus)
@@ -471,7 +465,7 @@ def start_processes():
 def gather(local):
     """One object per process -> the list of all of them, on every process."""
     parts = [local] * world_size()
-    if len(parts) > 1:       # (one process: gloo's second set of threads would slow a CPU's later work)
+    if len(parts) > 1:       # (for one process: gloo's own threads would slow a CPU's later work)
         dist.all_gather_object(parts, local)
     return parts
 
@@ -490,8 +484,8 @@ def first_does(action):
 
 
 class Stopper:
-    """Inside, SIGINT and SIGTERM ask to stop after the step in progress; a second one ends at once. So
-    does the death of torchrun, which leaves its workers running."""
+    """Inside, SIGINT and SIGTERM ask to stop after the step in progress; a second one ends at once.
+    So does the death of torchrun, which leaves its workers running."""
 
     def __enter__(self):
         self.signal = 0
@@ -527,13 +521,14 @@ class Inputs:
     """What a stage reads before the first process starts."""
     tokenizer: Tokenizer
     banned_ids: list
-    rows: list                         # Examples, Pairs, or prompts as ids
-    held_out: list | None = None       # Pairs
-    eval_rows: list | None = None
+    rows: list = ()                    # Examples, Pairs, or prompts as ids
+    held_out: list = ()                # Pairs
+    eval_rows: list = ()
 
 
 def learning_rate(step, steps, warmup, peak, shape):
-    """Linear warm-up, then linear or cosine decay. Steps count from 1; it is above 0 at each of them."""
+    """Linear warm-up, then linear or cosine decay. Steps count from 1; it is above 0 at each of
+    them."""
     if step <= warmup:
         return peak * step / warmup
     progress = (step - 1 - warmup) / (steps - warmup)
@@ -549,14 +544,14 @@ def set_learning_rate(optimizer, *args):
 
 
 def gradients_travel(ddp, last):
-    """True accumulation: gradients of the micro-batches add up locally, and are averaged once, with the
-    last one."""
+    """True accumulation: gradients of the micro-batches add up locally, and are averaged once, with
+    the last one."""
     return contextlib.nullcontext() if last else ddp.no_sync()
 
 
 def token_weight(n_local, n_global):
-    """Weight of a micro-batch whose loss is the mean over its own n_local items, so that the sum over
-    micro-batches and DDP's average over processes is the mean over all n_global items."""
+    """Weight of a micro-batch whose loss is the mean over its own n_local items, so that the sum
+    over micro-batches and DDP's average over processes is the mean over all n_global items."""
     return n_local * world_size() / n_global
 
 
@@ -566,8 +561,8 @@ def seed_dropout(*key):
 
 
 def clip_gradients(parameters, max_norm, step, name):
-    """Clip to max_norm -> the norm before. A norm that is not finite stops the run, before anything is
-    overwritten."""
+    """Clip to max_norm -> the norm before. A norm that is not finite stops the run, before anything
+    is overwritten."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     require_finite(norm, f"gradient norm of the {name}", step)
     return norm.item()
@@ -575,22 +570,22 @@ def clip_gradients(parameters, max_norm, step, name):
 
 def require_finite(x, name, step):
     if not torch.isfinite(x).all():
-        raise FloatingPointError(f"step {step}: {name} is not finite; what was saved before it stands "
-                                 "(lower --lr, or look at the regularizer)")
+        raise FloatingPointError(f"step {step}: {name} is not finite; what was saved before it "
+                                 "stands (lower --lr, or look at the regularizer)")
 
 
 def check_same_parameters(parameters):
     """All processes must hold the same parameters, to the bit."""
     sums = gather([p.detach().double().sum().item() for p in parameters])
     if any(s != sums[0] for s in sums):
-        raise RuntimeError("the processes hold different parameters: they read different files, or took "
-                           "different steps")
+        raise RuntimeError("the processes hold different parameters: they read different files, "
+                           "or took different steps")
 
 
 def wrap(module, device):
-    """DistributedDataParallel, without its first broadcast, which copies and sends frozen trunks too:
-    all processes have read the same files and drawn from the same seed, which is checked (of frozen
-    weights at their first numbers)."""
+    """DistributedDataParallel, without its first broadcast, which copies and sends frozen trunks
+    too: all processes have read the same files and drawn from the same seed, which is checked (of
+    frozen weights at their first numbers)."""
     check_same_parameters([p if p.requires_grad else p.flatten()[:64] for p in module.parameters()])
     return DistributedDataParallel(module, device_ids=[device] if device != "cpu" else None,
                                    init_sync=False, gradient_as_bucket_view=True)
@@ -606,8 +601,14 @@ def clock(seconds):
     return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
+def eta(start, done, left):
+    """Time that `left` steps will take, as `done` have taken it since `start`."""
+    return clock((time.time() - start) / done * left)
+
+
 def count(module):
-    n, total = sum(p.numel() for p in trainable(module)), sum(p.numel() for p in module.parameters())
+    n = sum(p.numel() for p in trainable(module))
+    total = sum(p.numel() for p in module.parameters())
     return f"{n:,} of {total:,} parameters are trained ({100 * n / total:.3f} %)"
 
 
@@ -617,13 +618,14 @@ def end_step(run, step, parameters, optimizer, stopper):
     if number or step % run.cfg.save_every == 0:
         run.save_checkpoint(step, parameters, optimizer)
     if number:
-        say(f"stopped after step {step}; the same command (without --redo) continues from {run.folder}")
+        say(f"stopped after step {step}; the same command, without --redo, continues {run.folder}")
         dist.destroy_process_group()
         sys.exit(128 + number)
 
 
 def starting_model(cfg, device, dtype, adapter_name):
-    """What a supervised stage trains: all weights of a model, kept in float32, or an adapter on it."""
+    """What a supervised stage trains: all weights of a model, kept in float32, or an adapter on
+    it."""
     torch.manual_seed(cfg.seed)
     if cfg.model:
         model = load_llama(cfg.model, device, dtype if cfg.lora_rank else torch.float32)
@@ -636,34 +638,31 @@ def starting_model(cfg, device, dtype, adapter_name):
 
 
 def supervised(run, module, trunk, items, weight, loss_of, device):
-    """The loop of the sft and reward stages: AdamW, cosine schedule, true accumulation -> steps, seconds.
+    """The loop of the sft and reward stages: AdamW, cosine schedule, true accumulation -> steps,
+    seconds.
 
-    loss_of(ddp, micro-batch) -> mean loss over its weights; weight(item): how many terms of the loss it
-    brings (response tokens, or one pair)."""
+    loss_of(ddp, micro-batch) -> mean loss over its weights; weight(item): how many terms of the
+    loss it brings (response tokens, or one pair)."""
     cfg, parameters, ddp = run.cfg, trainable(module), wrap(module, device).train()
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch))
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0,
                                   fused=True)
     first = run.resume(parameters, optimizer, **({"model": trunk} if cfg.model else {}))
     start, shown, lengths = time.time(), [], [len(item) for item in items]
+    pick = even_batch_indices if run.stage == "reward" else batch_indices
     with Stopper() as stopper:
         for step in range(first + 1, steps + 1):
             lr = set_learning_rate(optimizer, step, steps, round(0.03 * steps), cfg.lr, "cosine")
-            key = (cfg.batch, f"{cfg.seed} {run.stage}", step - 1)
-            if run.stage == "reward":
-                picked = even_batch_indices(lengths, *key)
-            else:
-                picked = batch_indices(len(items), *key)
+            picked = pick(lengths, cfg.batch, f"{cfg.seed} {run.stage}", step - 1)
             loss = accumulate(cfg, step, ddp, [items[i] for i in picked], weight, loss_of)
             norm = clip_gradients(parameters, cfg.max_grad_norm, step, "model")
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)             # (gradients stay in DDP's buckets)
+            optimizer.zero_grad(set_to_none=False)           # (gradients stay in DDP's buckets)
             run.append("metrics.jsonl", [{"step": step, "loss": loss, "lr": lr, "grad_norm": norm}])
             shown.append(loss)
             if step % max(1, steps // 12) == 0 or step == steps:
-                eta = (time.time() - start) / (step - first) * (steps - step)
                 say(f"{run.stage:6} step {step:5}/{steps} | loss {sum(shown) / len(shown):.3f} | "
-                    f"lr {lr:.1e} | grad {norm:.2f} | eta {clock(eta)}")
+                    f"lr {lr:.1e} | grad {norm:.2f} | eta {eta(start, step - first, steps - step)}")
                 shown = []
             end_step(run, step, parameters, optimizer, stopper)
     module.eval()
@@ -672,8 +671,8 @@ def supervised(run, module, trunk, items, weight, loss_of, device):
 
 
 def accumulate(cfg, step, ddp, batch, weight, loss_of):
-    """Gradients of one global batch, of which this process takes a share -> the loss, a mean over the
-    terms of the batch."""
+    """Gradients of one global batch, of which this process takes a share -> the loss, a mean over
+    the terms of the batch."""
     total, n_global = 0.0, sum(map(weight, batch))
     groups = micro_batches(batch, len, cfg.micro_batch, rank(), world_size())
     for i, some in enumerate(groups):
@@ -689,7 +688,8 @@ def accumulate(cfg, step, ddp, batch, weight, loss_of):
 # ----------------------------------------------------------------------------------- SFT, reward
 
 def sft(run, inputs, device, dtype):
-    """Supervised fine-tuning: cross-entropy of the demonstrations' responses. Writes a whole model."""
+    """Supervised fine-tuning: cross-entropy of the demonstrations' responses. Writes a whole
+    model."""
     cfg = run.cfg
     model = starting_model(cfg, device, dtype, "sft")
     if cfg.lora_rank:
@@ -697,7 +697,8 @@ def sft(run, inputs, device, dtype):
     else:
         net = ActorCritic(model, autocast_dtype=dtype)
     say(f"sft: {len(inputs.rows)} demonstrations from {cfg.sft_data}; {count(net)}")
-    steps, seconds = supervised(run, net, model, inputs.rows, lambda e: len(e.response), sft_loss, device)
+    steps, seconds = supervised(run, net, model, inputs.rows, lambda e: len(e.response), sft_loss,
+                                device)
 
     def save():
         if cfg.lora_rank:
@@ -718,17 +719,17 @@ def sft_loss(ddp, examples):
 
 
 def reward(run, inputs, device, dtype):
-    """Reward model from the SFT model: Bradley-Terry on pairs. Writes a full model, or an adapter."""
+    """Reward model from the SFT model: Bradley-Terry on pairs. Writes a full model, or an
+    adapter."""
     cfg = run.cfg
     trunk = starting_model(cfg, device, dtype, "reward")
-    before = fingerprint(trunk)
     if cfg.lora_rank:
         model = RewardModel(trunk, "reward")
     else:
         trunk.output = None
         model = RewardModel(trunk, autocast_dtype=dtype)
-    say(f"reward: {len(inputs.rows)} pairs from {cfg.preference_data}, {len(inputs.held_out)} held out; "
-        f"{count(model)}")
+    say(f"reward: {len(inputs.rows)} pairs from {cfg.preference_data}, {len(inputs.held_out)} held "
+        f"out; {count(model)}")
     steps, seconds = supervised(run, model, trunk, inputs.rows, lambda p: 1, reward_loss, device)
     mine = inputs.held_out[rank()::world_size()]
     scored = gather(score_pairs(model, mine, inputs.tokenizer.eos_id, cfg.micro_batch))
@@ -757,44 +758,46 @@ def reward_loss(ddp, pairs):
 
 @torch.no_grad()
 def centre(model, scored):
-    """Only differences of scores are learned: make their mean 0, where the head of the critic starts."""
+    """Only differences of scores are learned: make their mean 0, where the head of the critic
+    starts."""
     model.head.bias -= sum(s["chosen"] + s["rejected"] for s in scored) / (2 * len(scored))
 
 
 # ------------------------------------------------------------------------------------------- PPO
 
 def ppo(run, inputs, device, dtype):
-    """PPO with LoRA: sample, score, shape rewards, estimate advantages, update. Writes the policy."""
+    """PPO with LoRA: sample, score, shape rewards, update policy and critic. Writes the policy."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed)
     net, reward_model = build_models(cfg.model, cfg.reward, device, dtype, inputs.banned_ids,
                                      cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
-    net.policy.checkpoint_activations = net.critic.checkpoint_activations = cfg.checkpoint_activations
-    layout = "one trunk" if reward_model.trunk is net.policy else "two trunks"
-    say(f"ppo: {len(inputs.rows)} prompts from {cfg.prompts}; {layout} in {dtype}; {count(net)}")
-    parameters = trainable(net)
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
-    first = run.resume(parameters, optimizer, model=net.ref or net.policy, reward=reward_model.trunk)
+    for trunk in (net.policy, net.critic):
+        trunk.checkpoint_activations = cfg.checkpoint_activations
+    trunks = "one trunk" if reward_model.trunk is net.policy else "two trunks"
+    say(f"ppo: {len(inputs.rows)} prompts from {cfg.prompts}; {trunks} in {dtype}; {count(net)}")
+    groups = [{"params": p, "name": name} for name, p in net.groups().items()]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
+    parameters = [p for group in groups for p in group["params"]]
+    first = run.resume(parameters, optimizer, model=net.ref or net.policy,
+                       reward=reward_model.trunk)
     ddp, start, records = wrap(net, device).eval(), time.time(), None
     with Stopper() as stopper:
         for step in range(first + 1, cfg.steps + 1):
             laps = [time.time()]
-            prompts, samples = respond(cfg, step, net, inputs)                   # 1. sample
+            prompts, samples = respond(cfg, step, net, inputs)                      # 1. sample
             laps.append(time.time())
-            rollout, gap = collect(cfg, step, net, reward_model, inputs, prompts, samples)   # 2. score
-            rollout = with_advantages(rollout, cfg.penalty, cfg.kl_coef,         # 3. rewards, advantages
-                                      cfg.missing_eos_penalty, cfg.gamma, cfg.lam, cfg.whiten_rewards)
-            require_finite(rollout.advantages, "advantages", step)
+            rollout = collect(cfg, step, net, reward_model, inputs, prompts, samples)    # 2. score
+            rollout = with_advantages(rollout, cfg.regularizer_in("reward"), cfg.kl_coef,
+                                      cfg.missing_eos_penalty, cfg.gamma, cfg.lam,
+                                      cfg.whiten_rewards)                        # 3. rewards, GAE
             laps.append(time.time())
-            lr = set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
-            stats = update(cfg, step, ddp, optimizer, rollout)                   # 4. update
+            stats = update(cfg, step, ddp, optimizer, rollout)                      # 4. update
             laps.append(time.time())
-            row = {"step": step, "lr": lr, "kl_coef": cfg.kl_coef} | rollout_statistics(rollout)
-            row |= stats | gap | seconds_of(laps)
+            row = {"step": step} | rollout_statistics(rollout) | stats | seconds_of(laps)
             if step == 1:
                 check_first_step(rollout, row, dtype, cfg.lora_dropout)
             run.append("metrics.jsonl", [row])
-            say(step_line(row, cfg.steps, (time.time() - start) / (step - first) * (cfg.steps - step)))
+            say(step_line(row, cfg.steps, eta(start, step - first, cfg.steps - step)))
             if step == 1 or step % 10 == 0:
                 run.append("samples.jsonl", texts_of(step, rollout, inputs.tokenizer))
             if cfg.eval_every and step % cfg.eval_every == 0:
@@ -808,35 +811,35 @@ def ppo(run, inputs, device, dtype):
 
 def respond(cfg, step, net, inputs):
     """This process's share of a rollout batch: prompts, and what the policy samples for them."""
-    picked = batch_indices(len(inputs.rows), cfg.rollout_batch, f"{cfg.seed} prompts", step - 1)
+    picked = batch_indices(inputs.rows, cfg.rollout_batch, f"{cfg.seed} prompts", step - 1)
     mine = range(rank(), cfg.rollout_batch, world_size())
     prompts = [inputs.rows[picked[i]] for i in mine]
     with net.acting() as policy:
-        samples = sample_responses(policy, prompts, cfg.response_len, eos_id=inputs.tokenizer.eos_id,
-                                   seed=f"{cfg.seed} {step}", banned_ids=inputs.banned_ids,
+        samples = sample_responses(policy, prompts, cfg.response_len, seed=f"{cfg.seed} {step}",
+                                   eos_id=inputs.tokenizer.eos_id, banned_ids=inputs.banned_ids,
                                    batch_size=cfg.generate_batch, row_ids=mine)
     return prompts, samples
 
 
 def collect(cfg, step, net, reward_model, inputs, prompts, samples):
-    """Score what this process has sampled -> Rollout of the global batch, the same on every process, and
-    the gap between the log-probabilities at sampling and those recomputed for the same tokens."""
+    """Score what this process has sampled -> Rollout of the global batch, the same on every
+    process."""
     local = assess(net, reward_model, prompts, samples.responses, inputs.tokenizer.eos_id,
                    cfg.micro_batch)
-    gaps = [abs(a - b) for row, again in zip(samples.logprobs, local.logprobs.tolist())
-            for a, b in zip(row, again)]
-    parts, gaps = zip(*gather((local, gaps)))
+    parts = gather(replace(local, sampled_logprobs=pad_right(samples.logprobs)))
     order = [i % world_size() * len(prompts) + i // world_size() for i in range(cfg.rollout_batch)]
-    rollout, gaps = join_rollouts(parts).rows(torch.tensor(order)), list(itertools.chain(*gaps))
+    rollout = join_rollouts(parts).rows(torch.tensor(order))
     for name in ("logprobs", "ref_logprobs", "values", "scores", "kl"):
         require_finite(getattr(rollout, name), f"{name} of the rollout", step)
-    return rollout, {"sampling_gap": max(gaps), "sampling_gap_mean": sum(gaps) / len(gaps)}
+    return rollout
 
 
 def update(cfg, step, ddp, optimizer, rollout):
     """ppo_epochs passes over the rollout batch, one optimiser step per minibatch -> statistics.
 
     A minibatch is a slice of one global permutation; each process takes an even share of it."""
+    lr = set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
+    require_finite(rollout.advantages, "advantages", step)
     lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
     table, norms, device = [], [], ddp.module.policy.device      # table: a row per micro-batch
     ddp.train()
@@ -845,46 +848,39 @@ def update(cfg, step, ddp, optimizer, rollout):
         for begin in range(0, cfg.rollout_batch, cfg.minibatch):
             minibatch = list(order[begin:begin + cfg.minibatch])
             n_global = int(rollout.response_lengths[minibatch].sum())
-            groups = micro_batches(minibatch, lengths.__getitem__, cfg.micro_batch, rank(), world_size())
-            for i, index in enumerate(groups):
+            mine = micro_batches(minibatch, lengths.__getitem__, cfg.micro_batch, rank(),
+                                 world_size())
+            for i, index in enumerate(mine):
                 seed_dropout(cfg.seed, step, epoch, len(norms), i)
                 rows = rollout.rows(index).to(device)
                 n = int(rows.response_lengths.sum())
-                with gradients_travel(ddp, i == len(groups) - 1):
+                with gradients_travel(ddp, i == len(mine) - 1):
                     loss, stats = ppo_loss(cfg, ddp, rows)
                     (loss * token_weight(n, n_global)).backward()
                 stats = {name: float(x) for name, x in stats.items()}
                 table.append(stats | {"optimizer_step": len(norms), "tokens": n})
-            norms.append(clip_apart(cfg, step, ddp.module))
+            norms.append({f"{group['name']}_grad_norm": clip_gradients(
+                group["params"], cfg.max_grad_norm, step, group["name"])
+                for group in optimizer.param_groups})
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)               # (gradients stay in DDP's buckets)
     ddp.eval()
-    return average_statistics(list(itertools.chain(*gather(table))), norms)
+    stats = average_statistics(list(itertools.chain(*gather(table))), norms)
+    return stats | {"lr": lr, "kl_coef": cfg.kl_coef}
 
 
 def ppo_loss(cfg, ddp, rows):
-    """Clipped policy loss + vf_coef * clipped value loss (+ kl_coef * exact divergence, in loss mode) of
-    a micro-batch."""
-    out = ddp(rows.tokens, rows.prompt_lengths, rows.response_lengths, divergence=cfg.divergence)
-    mask = rows.response_mask
+    """Clipped policy loss + vf_coef * clipped value loss (+ kl_coef * exact divergence, in loss
+    mode) of a micro-batch."""
+    divergence, mask = cfg.regularizer_in("loss"), rows.response_mask
+    out = ddp(rows.tokens, rows.prompt_lengths, rows.response_lengths, divergence)
     loss, stats = policy_loss(out.logprobs, rows.logprobs, rows.advantages, mask, cfg.clip)
     v_loss, value_stats = value_loss(out.values, rows.values, rows.returns, mask, cfg.value_clip)
     stats |= value_stats | {"policy_loss": loss.detach(), "value_loss": v_loss.detach()}
     loss = loss + cfg.vf_coef * v_loss
-    if cfg.divergence:
+    if divergence:
         loss = loss + cfg.kl_coef * masked_mean(out.divergence, mask)
     return loss, stats
-
-
-def clip_apart(cfg, step, net):
-    """Clip the gradients of policy and critic, which share no parameter -> both norms before."""
-    policy, critic = trainable(net.policy), trainable(net.critic)
-    if net.policy_adapter:
-        policy = lora_parameters(net.policy, net.policy_adapter)
-        critic = lora_parameters(net.critic, net.value_adapter)
-    critic = critic + trainable(net.value_head)
-    return {"policy_grad_norm": clip_gradients(policy, cfg.max_grad_norm, step, "policy"),
-            "critic_grad_norm": clip_gradients(critic, cfg.max_grad_norm, step, "critic")}
 
 
 def seconds_of(laps):
@@ -892,13 +888,15 @@ def seconds_of(laps):
     return {name: end - begin for name, begin, end in zip(names, laps, laps[1:])}
 
 
-def step_line(row, steps, eta):
+def step_line(row, steps, left):
     """What is shown of a step; metrics.jsonl has more."""
-    return (f"step {row['step']:4}/{steps} | score {row['score']:+.2f} | kl {row['kl_per_token']:.3f}/tok "
-            f"{row['kl_per_sequence']:.1f}/seq | ent {row['entropy']:.2f} | clip {row['clip_frac']:.2f} | "
+    return (f"step {row['step']:4}/{steps} | score {row['score']:+.2f} | "
+            f"kl {row['kl_per_token']:.3f}/tok {row['kl_per_sequence']:.1f}/seq | "
+            f"ent {row['entropy']:.2f} | clip {row['clip_frac']:.2f} | "
             f"vloss {row['value_loss']:.2f} | ev {row['explained_variance']:+.2f} | "
-            f"len {row['length']:.0f} | eos {row['eos_rate']:.2f} | sample {row['sample_seconds']:.1f}s "
-            f"score {row['score_seconds']:.1f}s update {row['update_seconds']:.1f}s | eta {clock(eta)}")
+            f"len {row['length']:.0f} | eos {row['eos_rate']:.2f} | "
+            f"sample {row['sample_seconds']:.1f}s score {row['score_seconds']:.1f}s "
+            f"update {row['update_seconds']:.1f}s | eta {left}")
 
 
 def texts_of(step, rollout, tokenizer, n=4):
@@ -913,7 +911,8 @@ def texts_of(step, rollout, tokenizer, n=4):
 
 
 def save_policy(net, folder, base_model):
-    """The trained policy: an adapter (PEFT's files) of base_model, or a whole model -> its folder."""
+    """The trained policy: an adapter (PEFT's files) of base_model, or a whole model -> its
+    folder."""
     if net.policy_adapter:
         save_lora(net.policy, net.policy_adapter, folder, base_model)
     else:
@@ -922,7 +921,8 @@ def save_policy(net, folder, base_model):
 
 
 def evaluation(cfg, inputs, net, reward_model, earlier=None):
-    """Answers to the evaluation instructions before and after PPO, each process a share -> records."""
+    """Answers to the evaluation instructions before and after PPO, each process a share ->
+    records."""
     mine = slice(rank(), None, world_size())
     records = evaluate(net, reward_model, inputs.tokenizer, inputs.eval_rows[mine], cfg.micro_batch,
                        earlier[mine] if earlier else None, max_new_tokens=cfg.response_len,
@@ -936,42 +936,41 @@ def evaluation(cfg, inputs, net, reward_model, earlier=None):
 def read_inputs(command, stage):
     """Read and check what a stage needs; say what was cut or dropped."""
     cfg, config = command.configs[stage], TOY_MODEL
-    if command.start:
-        config = read_model_config(command.start)
-    tokenizer = Tokenizer(cfg.tokenizer)
-    tokenizer.check_model(command.start or "the toy model", config.vocab_size)
-    room, banned_ids = config.max_seq_len, tokenizer.banned_ids(config.vocab_size)
-    asked = cfg.prompt_len + cfg.response_len if stage == "ppo" else cfg.max_len
-    if stage == "ppo" and command.stage == "ppo":
-        room = min(room, check_reward(cfg.reward, tokenizer, room))
-    if asked > room:
-        raise InputError(f"{asked} tokens (--max_len, or --prompt_len and --response_len) exceed the "
-                         f"model's or the reward model's {room} positions: lower them")
+    source = command.start if command.stage == "all" else cfg.model
+    if source:
+        config = read_model_config(source)
+    tokenizer, room = Tokenizer(cfg.tokenizer), config.max_seq_len
+    tokenizer.check_model(source or TOY_FOLDER, config.vocab_size)
+    inputs = Inputs(tokenizer, tokenizer.banned_ids(config.vocab_size))
+    if stage != "ppo":
+        check_room(cfg.max_len, room)
     if stage == "sft":
-        return Inputs(tokenizer, banned_ids, load_sft(cfg.sft_data, tokenizer, cfg.max_len))
+        return replace(inputs, rows=load_sft(cfg.sft_data, tokenizer, cfg.max_len))
     if stage == "reward":
         pairs = load_preferences(cfg.preference_data, tokenizer, cfg.max_len)
         if cfg.preference_test:
             held_out = load_preferences(cfg.preference_test, tokenizer, cfg.max_len)
         else:
             pairs, held_out = split_by_instruction(pairs, 0.1, cfg.seed)
-        return Inputs(tokenizer, banned_ids, pairs, held_out)
-    eval_rows = None
+        return replace(inputs, rows=pairs, held_out=held_out)
+    if command.stage == "ppo" and is_adapter(cfg.reward):
+        read_adapter_config(cfg.reward)
+    elif command.stage == "ppo":
+        reward_model = reward_config(cfg.reward)
+        tokenizer.check_model(cfg.reward, reward_model.vocab_size)
+        room = min(room, reward_model.max_seq_len)
+    check_room(cfg.prompt_len + cfg.response_len, room)
     if cfg.eval_data:
-        eval_rows = load_eval_rows(cfg.eval_data, tokenizer, room, cfg.response_len, cfg.eval_drop_long)
-        check_rows(eval_rows, cfg.eval_data)
-    prompts = load_prompts(cfg.prompts, tokenizer, cfg.prompt_len)
-    return Inputs(tokenizer, banned_ids, prompts, eval_rows=eval_rows)
+        rows = load_eval_rows(cfg.eval_data, tokenizer, room, cfg.response_len, cfg.eval_drop_long)
+        check_rows(rows, cfg.eval_data)
+        inputs = replace(inputs, eval_rows=rows)
+    return replace(inputs, rows=load_prompts(cfg.prompts, tokenizer, cfg.prompt_len))
 
 
-def check_reward(path, tokenizer, room):
-    """InputError if a reward model's files are none, or mean other words -> its positions."""
-    if is_adapter(path):
-        read_adapter_config(path)
-        return room
-    config = reward_config(path)
-    tokenizer.check_model(path, config.vocab_size)
-    return config.max_seq_len
+def check_room(asked, room):
+    if asked > room:
+        raise InputError(f"{asked} tokens (--max_len, or --prompt_len and --response_len) exceed "
+                         f"the {room} positions of the model or the reward model: lower them")
 
 
 def check_processes(cfg):
@@ -979,19 +978,9 @@ def check_processes(cfg):
     for name in ("batch", "minibatch", "rollout_batch"):
         n = getattr(cfg, name, 0)
         if n % world_size():
+            fitting = math.ceil(n / world_size()) * world_size()
             raise InputError(f"--{name} {n} does not split over {world_size()} processes: try "
-                             f"{math.ceil(n / world_size()) * world_size()}")
-
-
-def check_earlier_stages(command, todo):
-    """What a stage builds on, and is not made by this command, has to be finished."""
-    for stage in todo:
-        cfg = command.configs[stage]
-        for made in ("sft", "reward"):
-            folder = command.folder(made)
-            if str(folder) in (cfg.model, getattr(cfg, "reward", "")) and made not in todo \
-                    and not (folder / "finished.json").is_file():
-                raise InputError(f"{folder} holds no finished {made} model: run --stage {made} first")
+                             f"{fitting}")
 
 
 def evaluation_settings(cfg):
@@ -999,10 +988,12 @@ def evaluation_settings(cfg):
     return {"temperature": cfg.eval_temperature, "eval_data": digest(cfg.eval_data)}
 
 
-def is_evaluated(run):
-    """Whether the run's eval.json stands, and is of these settings."""
+def to_evaluate(run):
+    """Whether a PPO run is to be evaluated: --eval_data is given, and eval.json is of another."""
     path = run.folder / "eval.json"
-    return path.is_file() and read_json(path).get("settings") == evaluation_settings(run.cfg)
+    if not run.cfg.eval_data or not path.is_file():
+        return bool(run.cfg.eval_data)
+    return read_json(path).get("settings") != evaluation_settings(run.cfg)
 
 
 def final_evaluation(run, inputs, device, dtype):
@@ -1010,37 +1001,43 @@ def final_evaluation(run, inputs, device, dtype):
     net, reward_model, _ = load_run(run.folder, device, dtype)
     records = evaluation(run.cfg, inputs, net, reward_model)
     content = {"settings": evaluation_settings(run.cfg), "records": records}
-    first_does(lambda: write_json(run.folder / "eval.json", content))
+
+    def save():
+        set_aside(run.folder / "eval.json")
+        write_json(run.folder / "eval.json", content)
+    first_does(save)
 
 
 def carry_out(command):
     """Run the stages of a command that are not finished, and evaluate what came out."""
-    runs = {s: Run(s, command.folder(s), cfg) for s, cfg in command.configs.items()}
-    order = [*STAGES, "eval"]
-    redone = order[order.index(command.redo):] if command.redo else []
+    runs = {stage: Run(stage, command.folders[stage], cfg)
+            for stage, cfg in command.configs.items()}
+    later = list(STAGES)[list(STAGES).index(command.redo):] if command.redo in STAGES else []
     for stage, run in runs.items():
-        if stage not in redone:
+        if stage in later:
+            run.made_with()
+        else:
             run.check()
-    todo = [stage for stage, run in runs.items() if stage in redone or not run.finished]
-    evaluating = "ppo" in runs and bool(runs["ppo"].cfg.eval_data) and (
-        "ppo" in todo or "eval" in redone or not is_evaluated(runs["ppo"]))
-    check_earlier_stages(command, todo)
-    inputs = {s: read_inputs(command, s) for s in runs if s in todo or s == "ppo" and evaluating}
+    todo = [stage for stage, run in runs.items() if stage in later or not run.finished]
+    evaluating = "ppo" in runs and (command.redo == "eval" or to_evaluate(runs["ppo"]) or
+                                    "ppo" in todo and bool(runs["ppo"].cfg.eval_data))
+    reading = [stage for stage in runs if stage in todo or stage == "ppo" and evaluating]
+    inputs = {stage: read_inputs(command, stage) for stage in reading}
     for stage in todo:
         check_processes(runs[stage].cfg)
-    device, lock = start_processes(), []
-    dtype = device_and_dtype(runs[next(iter(runs))].cfg.dtype)[1]
+    device, held = start_processes(), []
+    dtype = device_and_dtype(list(runs.values())[0].cfg.dtype)[1]
 
     def make_room():
-        lock.append(hold(Path(command.out)))
-        for stage in reversed(redone):
-            set_aside(runs["ppo"].folder / "eval.json" if stage == "eval" else command.folder(stage))
-        if redone:
-            lock.append(hold(Path(command.out)))
+        held.append(hold(Path(command.out)))
+        for stage in reversed(later):
+            set_aside(command.folders[stage])
+        if not Path(command.out).exists():            # it is what was renamed
+            held.append(hold(Path(command.out)))
 
-    if todo or evaluating:
-        first_does(make_room)
     try:
+        if reading:
+            first_does(make_room)
         for stage, run in runs.items():
             if stage in todo:
                 {"sft": sft, "reward": reward, "ppo": ppo}[stage](run, inputs[stage], device, dtype)
@@ -1049,7 +1046,7 @@ def carry_out(command):
         if evaluating:
             final_evaluation(runs["ppo"], inputs["ppo"], device, dtype)
     finally:
-        for descriptor in lock:
+        for descriptor in held:
             os.close(descriptor)
     if "ppo" in runs and (runs["ppo"].folder / "eval.json").is_file():
         say(report(runs["ppo"].folder))
