@@ -26,7 +26,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from model import InputError, pad_right, parse_json, read_json, read_text, refuse_lfs_pointer
+from model import (InputError, keyed_seed, pad_right, parse_json, read_json, read_text,
+                   refuse_lfs_pointer)
 
 PROMPT_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -55,8 +56,6 @@ class Tokenizer:
 
     def __init__(self, path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise InputError(f"no tokenizer at {path}: expected a sentencepiece file")
         refuse_lfs_pointer(path)
         proto = self.path.read_bytes()
         try:
@@ -67,9 +66,6 @@ class Tokenizer:
             raise InputError(f"{path} is not a sentencepiece model") from None
         self.vocab_size, self.pad_id, self.unk_id = len(self.sp), self.sp.pad_id(), self.sp.unk_id()
         self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise InputError(f"{path} has no piece for the beginning (BOS) or the end (EOS) of a "
-                             "text: expected a tokenizer with both, such as LLaMA's")
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text as the tokenizer's file has it (LLaMA's puts a space in front)."""
@@ -139,17 +135,14 @@ def note(n, what):
 def read_rows(path):
     """Rows of a JSON list, or of JSON lines (*.jsonl): a non-empty list of dictionaries."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no data file at {path}")
     if path.suffix == ".jsonl":
         lines = enumerate(read_text(path).split("\n"), 1)
         rows = [parse_json(line, f"{path}, line {n}") for n, line in lines if line.strip()]
     else:
         rows = read_json(path, list)
-    odd = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
+    odd = [row for row in rows if not isinstance(row, dict)]
     if odd or not rows:
-        got = f"row {odd[0]} is a {type(rows[odd[0]]).__name__}" if odd else "there is none"
-        raise InputError(f"{path}: expected rows such as {{\"instruction\": ..}}, but {got}")
+        raise InputError(f"{path}: expected rows {{\"instruction\": ..}}, got {str(odd)[:60]}")
     return rows
 
 
@@ -160,17 +153,12 @@ def text_field(row, key, where, default=None):
         return default
     if not isinstance(value, str):
         raise InputError(f"{where}: expected a text in '{key}', got {type(value).__name__}")
-    if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
-        raise InputError(f"{where}: '{key}' holds half a character (a lone surrogate), which no "
-                         "tokenizer can read: mend or remove the row")
     return value
 
 
 def prompt_ids(tokenizer, row, where):
     """The formatted prompt of a row with `instruction` and perhaps `input`, as ids."""
     instruction = text_field(row, "instruction", where)
-    if not instruction.strip():
-        raise InputError(f"{where}: 'instruction' is empty")
     prompt = format_prompt(instruction, text_field(row, "input", where, default=""))
     return tokenizer.encode(prompt, bos=True)
 
@@ -197,6 +185,11 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
+def check_some(rows, path, limit):
+    if not rows:
+        raise InputError(f"{path}: no row fits {limit} tokens (and differs there): raise it")
+
+
 def load_sft(path, tokenizer, max_len):
     """instruction / input / output rows -> Examples of at most max_len tokens (the head is
     kept)."""
@@ -208,12 +201,9 @@ def load_sft(path, tokenizer, max_len):
         if room > 0:
             examples.append(Example(prompt, response[:room]))
             cut += len(response) > room
-    if not examples:
-        raise InputError(f"{path}: every prompt is longer than --max_len {max_len} tokens")
+    check_some(examples, path, f"--max_len {max_len}")
     note(cut, f"rows of {path} are longer than --max_len {max_len} and lose their tail")
     note(len(rows) - len(examples), f"rows of {path} are left out: their prompts fill --max_len")
-    note(sum(len(e.response) == 1 for e in examples),
-         f"rows of {path} have an empty output: they teach to say nothing")
     return examples
 
 
@@ -225,8 +215,7 @@ def better_and_worse(row, where):
     outputs = text_field(row, "output_1", where), text_field(row, "output_2", where)
     preference = row.get("preference")
     if preference not in (1, 2) or isinstance(preference, bool):
-        raise InputError(f"{where}: 'preference' must be 1 or 2 (the better output), "
-                         f"got {str(preference)[:40]!r}")
+        raise InputError(f"{where}: 'preference' must be 1 or 2, the better output")
     return outputs if preference == 1 else outputs[::-1]
 
 
@@ -242,8 +231,7 @@ def load_preferences(path, tokenizer, max_len):
         if room > 0 and chosen[:room] != rejected[:room]:
             pairs.append(Pair(prompt, chosen[:room], rejected[:room], str(row.get("flaw", ""))))
             cut += max(len(chosen), len(rejected)) > room
-    if not pairs:
-        raise InputError(f"{path}: no pair differs within --max_len {max_len} tokens")
+    check_some(pairs, path, f"--max_len {max_len}")
     note(cut, f"pairs of {path} have an answer beyond --max_len {max_len} that loses its tail")
     note(len(rows) - len(pairs), f"pairs of {path} are left out: alike within --max_len {max_len}")
     return pairs
@@ -254,9 +242,7 @@ def load_prompts(path, tokenizer, prompt_len):
     rows = read_rows(path)
     prompts = [prompt_ids(tokenizer, row, f"{path}, row {i}") for i, row in enumerate(rows)]
     kept = [p for p in prompts if len(p) <= prompt_len]
-    if not kept:
-        raise InputError(f"{path}: all prompts are longer than --prompt_len {prompt_len} (the "
-                         f"shortest has {min(map(len, prompts))} tokens): raise it")
+    check_some(kept, path, f"--prompt_len {prompt_len}")
     note(len(prompts) - len(kept), f"prompts of {path} are longer than --prompt_len {prompt_len} "
          "and are dropped")
     return kept
@@ -276,25 +262,21 @@ def load_eval_rows(path, tokenizer, room, response_len, drop_long=False):
         rows.append(row | {"prompt": prompt, "reference": reference, "index": i})
     fitting = [row for row in rows
                if len(row["prompt"]) + max(response_len, len(row["reference"])) <= room]
-    too_long = f"rows of {path} do not fit the model's {room} positions with --response_len " \
-               f"{response_len} more tokens, or with their reference"
-    if not fitting or len(fitting) < len(rows) and not drop_long:
-        raise InputError(f"{len(rows) - len(fitting)} of {len(rows)} {too_long}: lower it, or give "
-                         "--eval_drop_long to leave them out")
-    note(len(rows) - len(fitting), f"{too_long}, and are left out of the evaluation")
+    left_out = len(rows) - len(fitting)
+    why = f"rows of {path} exceed {room} positions, with --response_len tokens or their reference"
+    if not fitting or left_out and not drop_long:
+        raise InputError(f"{left_out} {why}: lower it, or leave them out with --eval_drop_long")
+    note(left_out, f"{why}, and are left out of the evaluation")
     return fitting
 
 
-def split_by_instruction(pairs, share, seed):
-    """Pairs -> (those to train on, those held out), about `share` of the instructions: no
-    instruction is in both."""
-    prompts = sorted({tuple(p.prompt) for p in pairs})
-    random.Random(f"{seed} held out").shuffle(prompts)
-    held = set(prompts[:max(1, round(share * len(prompts)))])
+def split_by_instruction(pairs):
+    """Pairs -> (those to train on, those held out: a tenth of the instructions, none in both)."""
+    prompts = sorted({tuple(p.prompt) for p in pairs}, key=keyed_seed)
+    held = set(prompts[:max(1, len(prompts) // 10)])
     train = [p for p in pairs if tuple(p.prompt) not in held]
     if not train:
-        raise InputError(f"{len(prompts)} instructions are too few to hold some out: give more, or "
-                         "--preference_test")
+        raise InputError("one instruction is too few to hold some out: give --preference_test")
     return train, [p for p in pairs if tuple(p.prompt) in held]
 
 
@@ -335,11 +317,12 @@ def micro_batches(items, length, size, rank=0, world_size=1):
     return [mine[i:i + size] for i in range(0, len(mine), size)]
 
 
-def pack(prompts, responses):
+def pack(prompts, responses, device="cpu"):
     """Lists of ids -> tokens (B, T) packed from the left and padded on the right, prompt_lengths
     (B,), response_lengths (B,)."""
-    tokens = pad_right([p + r for p, r in zip(prompts, responses)])
-    return tokens, torch.tensor(list(map(len, prompts))), torch.tensor(list(map(len, responses)))
+    tokens = pad_right([p + r for p, r in zip(prompts, responses)]).to(device)
+    lengths = torch.tensor([[len(p), len(r)] for p, r in zip(prompts, responses)], device=device)
+    return tokens, *lengths.T
 
 
 def length_mask(lengths, width):

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import (HF_NAMES, OUR_NAMES, InputError, hf_name, read_json, read_tensors, save_weights,
-                   write_json)
+from model import (HF_NAMES, InputError, fill, hf_name, read_json, save_weights,
+                   tensor_readers, write_json)
 
 
 class LoRALinear(nn.Module):
@@ -57,11 +57,8 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))      # uniform(+-1 / sqrt(in))
         self.alpha[name], self.dropout[name] = alpha, dropout
 
-    def rank(self, name):
-        return self.lora_A[name].shape[0]
-
     def scaling(self, name):
-        return self.alpha[name] / self.rank(name)
+        return self.alpha[name] / self.lora_A[name].shape[0]
 
     def forward(self, x):
         out = self.base(x)                                                       # (.., out)
@@ -98,15 +95,11 @@ def add_lora(model, name, r, alpha, dropout=0.0, targets=("wq", "wk", "wv", "wo"
     adapter.
 
     The new adapter computes exactly what the base computes (B = 0) and is not active until
-    `adapter(model, name)`. InputError: r < 1, dropout outside [0, 1), a name that is in use or no
-    word, a target that the model does not have.
+    `adapter(model, name)`. InputError: a name that is in use, a target that the model does not
+    have.
     """
-    if r < 1 or not 0 <= dropout < 1:
-        raise InputError(f"adapter {name}: got r {r} and dropout {dropout}, expected at least 1, "
-                         "and a number in [0, 1)")
-    if lora_layers(model, name) or not name.isidentifier() or hasattr(nn.ParameterDict, name):
-        raise InputError(f"an adapter cannot be called {name!r}: there is one already, or it is no "
-                         "word that can be part of a parameter's name")
+    if lora_layers(model, name):
+        raise InputError(f"there is an adapter called {name} already: choose another name")
     modules = {path: m for path, m in model.named_modules()
                if path.split(".")[-1] in targets and isinstance(m, (nn.Linear, LoRALinear))}
     absent = set(targets) - {path.split(".")[-1] for path in modules}
@@ -169,20 +162,24 @@ def copy_lora(model, source, target):
 def merge_lora(model, name):
     """W <- W + (alpha / r) B A in every layer, in float32, then drop the adapter. For export.
 
-    When a layer's last adapter goes, the plain linear layer comes back. InputError, before anything
-    is changed, if a layer shares its weights with another (a tied head): the other would change
-    too.
-    """
+    InputError, before anything is changed, if a layer shares its weights with another (a tied
+    head): the other would change too."""
     layers = layers_with(model, name)
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     for path, layer in layers.items():
         if uses.count(id(layer.base.weight)) > 1:
             raise InputError(f"adapter {name}: the weights of {path} are those of another layer as "
                              "well (tied): merged into one it would change both")
-    for path, layer in layers.items():
-        A, B = layer.lora_A.pop(name), layer.lora_B.pop(name)
-        delta = B @ A * (layer.alpha.pop(name) / A.shape[0])
+    for layer in layers.values():
+        delta = layer.lora_B[name] @ layer.lora_A[name] * layer.scaling(name)
         layer.base.weight.copy_(layer.base.weight.float() + delta)
+    remove_lora(model, name)
+
+
+def remove_lora(model, name):
+    """Drop an adapter; with a layer's last one, the plain linear layer comes back."""
+    for path, layer in lora_layers(model, name).items():
+        del layer.lora_A[name], layer.lora_B[name]
         layer.active = None
         if not layer.lora_A:
             replace_module(model, path, layer.base)
@@ -196,25 +193,33 @@ def peft_key(path, matrix):
     return f"base_model.model.{hf_name(path)}.{matrix}.weight"
 
 
-def targets_of(layers):
-    """The layer names (wq, ..) among module paths, sorted."""
-    return tuple(sorted({path.split(".")[-1] for path in layers}))
+def adapter_parameters(model, name):
+    """A and B of one adapter, by PEFT's names."""
+    found = {}
+    for path, layer in layers_with(model, name).items():
+        found[peft_key(path, "lora_A")] = layer.lora_A[name]
+        found[peft_key(path, "lora_B")] = layer.lora_B[name]
+    return found
+
+
+def describe(model, name):
+    """r, alpha, dropout and targets of an adapter."""
+    layers = layers_with(model, name)
+    first = next(iter(layers.values()))
+    return {"r": first.lora_A[name].shape[0], "alpha": first.alpha[name],
+            "dropout": first.dropout[name],
+            "targets": tuple(sorted({path.split(".")[-1] for path in layers}))}
 
 
 def save_lora(model, name, folder, base_model=""):
     """Write adapter_config.json and adapter_model.safetensors, with PEFT's layout and key names."""
-    layers = layers_with(model, name)
-    first = next(iter(layers.values()))
+    about = describe(model, name)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-              "r": first.rank(name), "lora_alpha": first.alpha[name],
-              "lora_dropout": first.dropout[name], "bias": "none", "fan_in_fan_out": False,
-              "target_modules": [HF_NAMES[t] for t in targets_of(layers)], "inference_mode": True}
-    tensors = {}
-    for path, layer in layers.items():
-        tensors[peft_key(path, "lora_A")] = layer.lora_A[name]
-        tensors[peft_key(path, "lora_B")] = layer.lora_B[name]
+              "r": about["r"], "lora_alpha": about["alpha"], "lora_dropout": about["dropout"],
+              "target_modules": [HF_NAMES[target] for target in about["targets"]], "bias": "none",
+              "fan_in_fan_out": False, "inference_mode": True}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_weights(tensors, Path(folder) / "adapter_model.safetensors")
+    save_weights(adapter_parameters(model, name), Path(folder) / "adapter_model.safetensors")
     write_json(Path(folder) / "adapter_config.json", config)
 
 
@@ -227,9 +232,6 @@ NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "revisio
 def read_adapter_config(folder):
     """r, alpha, dropout and targets of a PEFT folder. InputError names what is no plain LoRA."""
     path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise InputError(f"{folder} holds no adapter: expected PEFT's adapter_config.json and "
-                         "adapter_model.safetensors")
     config = read_json(path)
     plain = {"peft_type": ("LORA",), "bias": ("none", None),
              "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
@@ -239,10 +241,8 @@ def read_adapter_config(folder):
         raise InputError(f"{path}: {odd[0]} = {config.get(odd[0])} is not implemented here (plain "
                          "LoRA only)")
     # target_modules: names, or (PEFT's "all-linear") each layer's path
-    named = config.get("target_modules")
-    if not isinstance(named, list):
-        raise InputError(f"{path}: target_modules is {named!r}, expected a list")
-    targets = {OUR_NAMES.get(module.split(".")[-1], module) for module in named}
+    named = {module.split(".")[-1] for module in config["target_modules"]}
+    targets = [ours for ours, theirs in HF_NAMES.items() if theirs in named]
     return {"r": config["r"], "alpha": config["lora_alpha"], "targets": tuple(sorted(targets)),
             "dropout": config.get("lora_dropout", 0.0)}
 
@@ -250,46 +250,27 @@ def read_adapter_config(folder):
 def load_lora(model, name, folder):
     """Read a PEFT folder into the adapter `name`, which is added if the model does not have it.
 
-    InputError, before the model is touched, names what differs: the file's r, alpha, targets or
-    widths are not those of the adapter or the model, or it holds more than an adapter."""
-    folder = Path(folder)
-    config, have = read_adapter_config(folder), lora_layers(model, name)
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    whole = [key for key in tensors if ".lora_" not in key]
+    InputError names what differs: the file's r, alpha, targets, widths or depth are not those of
+    the adapter or the model, or it holds more than an adapter. Then none is added."""
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise InputError(f"{folder} has no {file.name} (of *.bin tools/convert.py makes it)")
+    config, readers = read_adapter_config(folder), tensor_readers(file)
+    whole = [key for key in readers if ".lora_" not in key]
     if whole:
         raise InputError(f"{folder} brings whole weights ({whole[0]}), of a resized vocabulary or "
                          "of modules_to_save: only plain LoRA is implemented here")
-    if have:
-        layer = next(iter(have.values()))
-        mine = {"r": layer.rank(name), "alpha": layer.alpha[name], "targets": targets_of(have)}
-        for key, value in mine.items():
-            if config[key] != value:
-                raise InputError(f"adapter {name}: {folder} has {key} {config[key]}, "
-                                 f"expected {value}")
-    check_tensors(model, tensors, config, folder)
+    have = lora_layers(model, name)
     if not have:
-        add_lora(model, name, config["r"], config["alpha"], config["dropout"], config["targets"])
-    with torch.no_grad():
-        for path, layer in lora_layers(model, name).items():
-            layer.lora_A[name].copy_(tensors[peft_key(path, "lora_A")])
-            layer.lora_B[name].copy_(tensors[peft_key(path, "lora_B")])
-
-
-def check_tensors(model, tensors, config, folder):
-    """Refuse an adapter of another width or depth, or with numbers that are not finite."""
-    expected = {}
-    for path, module in model.named_modules():
-        if path.split(".")[-1] in config["targets"] and isinstance(module, (nn.Linear, LoRALinear)):
-            out_features, in_features = getattr(module, "base", module).weight.shape
-            expected[peft_key(path, "lora_A")] = (config["r"], in_features)
-            expected[peft_key(path, "lora_B")] = (out_features, config["r"])
-    odd = sorted(set(expected) ^ set(tensors))
-    if odd:
-        what = "is missing" if odd[0] in expected else "is not in this model"
-        raise InputError(f"{folder}: tensor {odd[0]} {what}")
-    for key, shape in expected.items():
-        if tensors[key].shape != shape:
-            raise InputError(f"{folder}: {key} has shape {tuple(tensors[key].shape)}, expected "
-                             f"{shape}: another r, or another model's width")
-        if not tensors[key].isfinite().all():
-            raise InputError(f"{folder}: {key} holds numbers that are not finite")
+        add_lora(model, name, **config)
+    mine = describe(model, name)
+    for key in ("r", "alpha", "targets"):
+        if config[key] != mine[key]:
+            raise InputError(f"adapter {name}: {folder} has {key} {config[key]}, expected "
+                             f"{mine[key]}")
+    try:
+        fill(adapter_parameters(model, name), readers, folder)
+    except InputError:
+        if not have:
+            remove_lora(model, name)
+        raise

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 BANNED = -1e30             # logit of an id that is never drawn: finite, since 0 * infinity is NaN
@@ -69,8 +69,6 @@ class LlamaConfig:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
-            if self.dim % self.n_heads:
-                raise InputError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
 
 
 # ---------------------------------------------------------------------------------------- layers
@@ -203,13 +201,9 @@ class Llama(nn.Module):
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]          # (1, T)
         else:
-            positions = cache.begin(tokens)                           # (1, T); when decoding (B, 1)
-        if positions.shape[1] > c.max_seq_len:
-            raise InputError(f"{positions.shape[1]} tokens are more than the model's "
-                             f"{c.max_seq_len} positions")
+            positions = cache.begin(tokens)                                                # (B, T)
         x = self.tok_embeddings(tokens)
         cos, sin = rope_angles(positions[:, None], c.head_dim, c.rope_theta)      # (.., 1, T, d/2)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, layer in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 context = partial(self.checkpoint_context, layer)
@@ -245,11 +239,13 @@ def masked_logits(head, states, banned_mask=None):
 
 
 class TokenStats(NamedTuple):
-    """What is known of N tokens that were sampled, in nats."""
-    logprobs: torch.Tensor              # (N,)
-    entropy: torch.Tensor | None        # (N,) of the next-token distribution; None in training
-    ref_logprobs: torch.Tensor | None   # (N,) if a reference was given
-    divergence: torch.Tensor | None     # (N,) if a reference was given
+    """What is known of N tokens that were sampled, in nats; of responses (B, R), 0 in the
+    padding."""
+    logprobs: Tensor              # (N,)
+    entropy: Tensor | None        # (N,) of the next-token distribution; None in training
+    ref_logprobs: Tensor | None   # (N,) if a reference was asked
+    divergence: Tensor | None     # (N,) exact, differentiable, if a reference was asked
+    values: Tensor | None = None  # (N,) of the states that predict the tokens, if there is a critic
 
 
 def response_logprobs(head, states, targets, banned_mask=None, ref=None, divergence=None,
@@ -285,7 +281,7 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
     n = max(1, max_logits // head.weight.shape[0])
     ref_states = states if ref is None else ref[1]
     parts = list(zip(states.split(n), targets.split(n), ref_states.split(n)))
-    if torch.is_grad_enabled() and len(parts) > 1:
+    if torch.is_grad_enabled():
         parts = [checkpoint(of_some, *part, use_reentrant=False) for part in parts]
     else:
         parts = [of_some(*part) for part in parts]
@@ -302,8 +298,7 @@ def keyed_seed(*key):
 
 def uniforms(seed, row, n):
     """n numbers in [0, 1) that belong to one row of one seed (a number or a string)."""
-    key = seed if isinstance(seed, str) else int(seed)
-    return torch.rand(n, generator=torch.Generator().manual_seed(keyed_seed(key, int(row))))
+    return torch.rand(n, generator=torch.Generator().manual_seed(keyed_seed(seed, int(row))))
 
 
 def nucleus(probs, top_p):
@@ -319,7 +314,7 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
 
     logits (B, V) float32, u (B,) -> ids (B,), and the log-probability of drawing each (B,),
     nats."""
-    if temperature == 0:
+    if temperature < 1e-3:
         return logits.argmax(-1), torch.zeros_like(u)
     probs = torch.softmax(logits / temperature, dim=-1)
     if top_p < 1:
@@ -384,28 +379,26 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
     if not prompts:
         return Samples([], [])
     row_ids = range(len(prompts)) if row_ids is None else row_ids
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    u = torch.stack([uniforms(seed, row, max(limits)) for row in row_ids])
+    pick = partial(sample, temperature=temperature, top_p=top_p)
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
-    u = torch.stack([uniforms(seed, row_ids[i], max(limits)) for i in order])
     with eval_mode(model):
-        decoder = Decoder(model, [prompts[i] for i in order], [limits[i] for i in order], u, banned,
-                          partial(sample, temperature=temperature, top_p=top_p), eos_id,
-                          batch_size or len(prompts))
-        drawn, logprobs = decoder.run()
-    responses, their_logprobs = [None] * len(prompts), [None] * len(prompts)
-    for place, i in enumerate(order):
-        ids = drawn[place][:limits[i]]
-        n = ids.index(eos_id) + 1 if eos_id in ids else len(ids)
-        responses[i], their_logprobs[i] = ids[:n], logprobs[place][:n]
-    return Samples(responses, their_logprobs)
+        size = batch_size or len(prompts)
+        drawn, logprobs = Decoder(model, prompts, limits, u, banned, pick, eos_id, size).run()
+    responses, said = [], []
+    for ids, row, limit in zip(drawn, logprobs, limits):
+        n = ids.index(eos_id) + 1 if eos_id in ids[:limit] else limit
+        responses.append(ids[:n])
+        said.append(row[:n])
+    return Samples(responses, said)
 
 
 def check_generate(model, prompts, limits, temperature, top_p):
     """InputError for what cannot be generated."""
     room = model.config.max_seq_len
-    if not (temperature == 0 or 1e-3 <= temperature < math.inf) or not 0 < top_p <= 1:
-        raise InputError(f"got temperature {temperature}, top_p {top_p}: expected 0 (greedy) or at "
-                         "least 0.001, and above 0 up to 1")
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise InputError(f"got temperature {temperature}, top_p {top_p}: expected at least 0 "
+                         "(greedy), and above 0 up to 1")
     for prompt, limit in zip(prompts, limits, strict=True):
         if min(len(prompt), limit) < 1 or len(prompt) + limit > room:
             raise InputError(f"got a prompt of {len(prompt)} tokens and {limit} new ones: expected "
@@ -413,7 +406,7 @@ def check_generate(model, prompts, limits, temperature, top_p):
 
 
 class KVCache:
-    """Keys and values of all layers; every row has its own length and writes at its own
+    """Keys and values of all layers; each row has its own length, and writes at its own
     position."""
 
     def __init__(self, rows, slots, device):
@@ -421,32 +414,32 @@ class KVCache:
         self.k, self.v = [], []  # per layer (B, K, slots, d), allocated by the first prompts
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)      # (B,) tokens stored
         self.seen = 0            # S: no row that decodes reads more slots
-        self.prompts_of = None   # the rows whose prompts are coming in; None when decoding
-        self.rows = self.mask = None
+        self.prompts_of = None   # the rows whose prompts are coming in; None: each row's next token
 
     def begin(self, tokens):
-        """Positions of the tokens that come now; when decoding, each row's mask over the slots."""
+        """Where the tokens (b, T) that come now belong -> their positions (b, T)."""
+        device = tokens.device
         if self.prompts_of is not None:
-            return torch.arange(tokens.shape[1], device=tokens.device)[None]     # (1, T)
-        self.rows = torch.arange(len(self.lengths), device=tokens.device)
-        unseen = torch.arange(self.seen, device=tokens.device) > self.lengths[:, None]
-        mask = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=tokens.device)
-        self.mask = mask.masked_fill(unseen, -math.inf)[:, None, None]           # (B, 1, 1, S)
-        return self.lengths[:, None]                                             # (B, 1)
+            self.rows, self.mask = self.prompts_of, None
+            self.positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        else:
+            self.rows = torch.arange(len(tokens), device=device)
+            self.positions = self.lengths[:, None]
+            unseen = torch.arange(self.seen, device=device) > self.positions                # (B, S)
+            mask = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=device)
+            self.mask = mask.masked_fill(unseen, -math.inf)[:, None, None]            # (B, 1, 1, S)
+        return self.positions
 
     def attend(self, layer, q, k, v):
         """Store k, v (b, K, T, d) of a layer; q (b, H, T, d) attends to all that its row holds."""
-        if self.prompts_of is not None:
-            if layer == len(self.k):         # zeros: a masked slot has weight 0, and 0 * NaN is NaN
-                shape = (len(self.lengths), k.shape[1], self.slots, k.shape[3])
-                self.k.append(k.new_zeros(shape))
-                self.v.append(v.new_zeros(shape))
-            self.k[layer][self.prompts_of, :, :k.shape[2]] = k
-            self.v[layer][self.prompts_of, :, :v.shape[2]] = v
-            return attend(q, k, v)
-        self.k[layer][self.rows, :, self.lengths] = k[:, :, 0]
-        self.v[layer][self.rows, :, self.lengths] = v[:, :, 0]
-        k, v = self.k[layer][:, :, :self.seen], self.v[layer][:, :, :self.seen]
+        if layer == len(self.k):             # zeros: a masked slot has weight 0, and 0 * NaN is NaN
+            shape = (len(self.lengths), k.shape[1], self.slots, k.shape[3])
+            self.k.append(k.new_zeros(shape))
+            self.v.append(v.new_zeros(shape))
+        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
+            kept[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
+        if self.mask is not None:
+            k, v = self.k[layer][:, :, :self.seen], self.v[layer][:, :, :self.seen]
         return attend(q, k, v, self.mask)
 
     def make_visible(self, slots):
@@ -550,13 +543,13 @@ class Decoder:
         """Run the next prompts through the model, into these rows (b,) of the cache."""
         prompts = self.prompts[self.waiting:self.waiting + len(rows)]
         lengths = torch.tensor([len(p) for p in prompts], device=rows.device)
+        numbers = torch.arange(len(rows), device=rows.device)
         self.cache.prompts_of = rows
-        tokens = pad_right(prompts).to(rows.device)                                      # (b, T)
-        states = self.model.hidden(tokens, self.cache)                                   # (b, T, D)
+        states = self.model.hidden(pad_right(prompts).to(rows.device), self.cache)       # (b, T, D)
         self.cache.prompts_of = None
         self.cache.lengths[rows] = lengths
-        self.state[rows] = states[torch.arange(len(rows), device=rows.device), lengths - 1]
-        self.which[rows] = self.waiting + torch.arange(len(rows), device=rows.device)
+        self.state[rows] = states[numbers, lengths - 1]
+        self.which[rows] = self.waiting + numbers
         self.count[rows], self.done[rows] = 0, False
         self.waiting += len(rows)
 
@@ -586,17 +579,11 @@ HF_NAMES = {      # a part of a parameter's path: our name (Meta's) -> Hugging F
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
     "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-OUR_NAMES = {hf.removeprefix("model."): ours for ours, hf in HF_NAMES.items()}
 
 
 def hf_name(name):
     """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight"""
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
-
-
-def our_name(name):
-    """model.layers.0.self_attn.q_proj.weight -> layers.0.attention.wq.weight"""
-    return ".".join(OUR_NAMES.get(part, part) for part in name.removeprefix("model.").split("."))
 
 
 @contextmanager
@@ -648,8 +635,7 @@ def parse_json(text, where):
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        hint = " (JSON lines? then its name must end in .jsonl)" if e.msg == "Extra data" else ""
-        raise InputError(f"{where}: broken JSON, {e.msg} at line {e.lineno}{hint}") from None
+        raise InputError(f"{where}: broken JSON, {e.msg} at line {e.lineno}") from None
 
 
 def read_json(path, kind=dict):
@@ -700,7 +686,8 @@ def read_model_config(path):
     """LlamaConfig of a Hugging Face folder, without reading its weights."""
     path = Path(path)
     if (path / "adapter_config.json").is_file():
-        raise InputError(f"{path} is an adapter, expected a whole model: tools/convert.py merge")
+        raise InputError(f"{path} is an adapter, expected a whole model: tools/convert.py merge "
+                         "MODEL OUT --adapter ADAPTER makes one")
     if not (path / "config.json").is_file():
         raise InputError(f"{path} holds no model: expected config.json and model.safetensors "
                          "(of Meta's params.json and *.pth tools/convert.py makes them)")
@@ -720,7 +707,8 @@ def hf_config(raw, file):
     implement."""
     for key, plain in PLAIN.items():
         if raw.get(key, plain) not in (plain, None):
-            raise InputError(f"{file}: {key} = {raw[key]} is not implemented (plain LLaMA only)")
+            raise InputError(f"{file}: {key} = {raw[key]} is not implemented: plain LLaMA only "
+                             "(AlpacaFarm's reward model: tools/convert.py reward)")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise InputError(f"{file}: rope scaling {rope} is not implemented here")
@@ -749,8 +737,14 @@ def load_llama(path, device="cpu", dtype=torch.float32):
     Tensors are read one at a time and cast on the way: the peak is the model in `dtype` and one
     tensor. The model is in eval mode. InputError names what is missing, extra, of a wrong shape, or
     not implemented here."""
-    model = empty_llama(read_model_config(path), device, dtype)
-    fill(model, {our_name(name): read for name, read in weight_readers(path).items()}, path)
+    model, readers = empty_llama(read_model_config(path), device, dtype), weight_readers(path)
+    parameters = {hf_name(name): p for name, p in model.named_parameters()}
+    if model.config.tie_embeddings and "lm_head.weight" in readers:      # there twice, or alone
+        copy = readers.pop("lm_head.weight")
+        if not torch.equal(readers.setdefault("model.embed_tokens.weight", copy)(), copy()):
+            raise InputError(f"{path}: the config ties the output matrix to the embeddings, but "
+                             "the file has two different matrices")
+    fill(parameters, readers, path)
     return model
 
 
@@ -764,30 +758,21 @@ def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):
 
 
 @torch.no_grad()
-def fill(module, readers, path):
-    """Put tensors (our name -> function that reads one) into the module's parameters, one at a
-    time.
+def fill(parameters, readers, path):
+    """Put tensors (name -> function that reads one) into parameters (by name), one at a time.
 
     InputError names what is missing, extra, of another shape, quantised, or not finite."""
-    parameters = dict(module.named_parameters())             # (of a tied pair the first name alone)
     readers = {k: r for k, r in readers.items() if not k.endswith("rotary_emb.inv_freq")}
-    if "output.weight" in readers and "output.weight" not in parameters:
-        copy = readers.pop("output.weight")                  # tied: it may be there twice, or alone
-        original = readers.setdefault("tok_embeddings.weight", copy)
-        if not torch.equal(original(), copy()):
-            raise InputError(f"{path}: the config ties the output matrix to the embeddings, but "
-                             "the file has two different matrices")
     odd = sorted(set(readers) ^ set(parameters))
     if odd:
         what = "has no place in this model" if odd[0] in readers else "is missing"
         raise InputError(f"{path}: tensor {odd[0]} {what} ({len(odd)} such tensors)")
     for name, read in readers.items():
         tensor, p = read(), parameters[name]
-        if tensor.shape != p.shape:
-            raise InputError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
-                             f"expected {tuple(p.shape)}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise InputError(f"{path}: tensor {name} is {tensor.dtype}: no quantised weights here")
+        plain = tensor.is_floating_point() and tensor.element_size() > 1
+        if tensor.shape != p.shape or not plain:
+            raise InputError(f"{path}: tensor {name} has shape {tuple(tensor.shape)} in "
+                             f"{tensor.dtype}, expected {tuple(p.shape)}, not quantised")
         p.copy_(tensor)
         if not all(x.isfinite() for x in p.aminmax()):
             raise InputError(f"{path}: tensor {name} holds numbers that are not finite")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from regularizers import sampled
 
@@ -29,20 +30,20 @@ from regularizers import sampled
 @dataclass(frozen=True)
 class Rollout:
     """What one batch of responses leaves behind for the update, rows in the order of the batch."""
-    tokens: torch.Tensor               # (B, T) int64, prompt + response, right-padded
-    prompt_lengths: torch.Tensor       # (B,) int64
-    response_lengths: torch.Tensor     # (B,) int64, the EOS counted
-    finished: torch.Tensor             # (B,) bool, whether the response ends with EOS
-    scores: torch.Tensor               # (B,) float32, the reward model's
-    logprobs: torch.Tensor             # (B, R) float32, of the sampled tokens, before the update
-    ref_logprobs: torch.Tensor         # (B, R) float32
-    values: torch.Tensor               # (B, R) float32
-    entropy: torch.Tensor              # (B, R) float32, of the policy's next-token distribution
-    kl: torch.Tensor                   # (B, R) float32, exact KL(policy || reference)
-    sampled_logprobs: torch.Tensor | None = None   # (B, R) float32, as the sampler had them
-    penalty: torch.Tensor | None = None      # (B, R) float32, what kl_coef multiplies in the reward
-    advantages: torch.Tensor | None = None   # (B, R) float32, whitened over the global batch
-    returns: torch.Tensor | None = None      # (B, R) float32, what the critic is trained towards
+    tokens: Tensor               # (B, T) int64, prompt + response, right-padded
+    prompt_lengths: Tensor       # (B,) int64
+    response_lengths: Tensor     # (B,) int64, the EOS counted
+    finished: Tensor             # (B,) bool, whether the response ends with EOS
+    scores: Tensor               # (B,) float32, the reward model's
+    logprobs: Tensor             # (B, R) float32, of the sampled tokens, before the update
+    ref_logprobs: Tensor         # (B, R) float32
+    values: Tensor               # (B, R) float32
+    entropy: Tensor              # (B, R) float32, of the policy's next-token distribution
+    kl: Tensor                   # (B, R) float32, exact KL(policy || reference)
+    sampled_logprobs: Tensor | None = None   # (B, R) float32, as the sampler had them
+    penalty: Tensor | None = None      # (B, R) float32, what kl_coef multiplies in the reward
+    advantages: Tensor | None = None   # (B, R) float32, whitened over the global batch
+    returns: Tensor | None = None      # (B, R) float32, what the critic is trained towards
 
     @property
     def response_mask(self):
@@ -216,8 +217,7 @@ def rollout_statistics(rollout):
     k3 = sampled("bregman", rollout.logprobs, rollout.ref_logprobs)
     fit = explained_variance(rollout.values, rollout.returns, mask)
     gap = torch.where(mask, (rollout.sampled_logprobs - rollout.logprobs).abs(), 0.0)
-    stats = {"score": rollout.scores.mean(), "score_std": rollout.scores.std(correction=0),
-             "kl_per_token": masked_mean(rollout.kl, mask),
+    stats = {"score": rollout.scores.mean(), "kl_per_token": masked_mean(rollout.kl, mask),
              "kl_per_sequence": rollout.kl.sum(-1).mean(),
              "k1_per_token": masked_mean(rollout.logprobs - rollout.ref_logprobs, mask),
              "k3_per_token": masked_mean(k3, mask),

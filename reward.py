@@ -21,18 +21,17 @@ final EOS is left out for it.
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data import length_mask, micro_batches, pack, response_places
-from lora import (adapter, add_lora, copy_lora, load_lora, lora_layers, lora_parameters, merge_lora,
-                  save_lora, targets_of)
-from model import (InputError, ban_mask, empty_llama, eval_mode, fill, fingerprint, hf_config,
-                   hf_config_json, hf_name, load_llama, our_name, read_json,
-                   response_logprobs, save_weights, tensor_readers, weight_readers, write_json)
+from lora import (adapter, add_lora, copy_lora, describe, load_lora, lora_parameters, merge_lora,
+                  save_lora)
+from model import (InputError, TokenStats, ban_mask, empty_llama, eval_mode, fill, fingerprint,
+                   hf_config, hf_config_json, hf_name, load_llama, read_json, response_logprobs,
+                   save_weights, tensor_readers, weight_readers, write_json)
 from ppo import Rollout, join_rollouts
 from regularizers import exact
 
@@ -90,15 +89,6 @@ class RewardModel(nn.Module):
     forward = scores
 
 
-class Evaluation(NamedTuple):
-    """What the policy and the critic say of given responses; 0 in the padding."""
-    logprobs: torch.Tensor             # (B, R) of the response's tokens, nats
-    entropy: torch.Tensor | None       # (B, R) of the next-token distribution; None in training
-    ref_logprobs: torch.Tensor | None  # (B, R), if the reference was asked
-    divergence: torch.Tensor | None    # (B, R), exact, differentiable, if the reference was asked
-    values: torch.Tensor | None        # (B, R), values[t] = V(state that predicts token t)
-
-
 class ActorCritic(nn.Module):
     """Policy and critic as one module, so that one DistributedDataParallel and one backward serve
     both.
@@ -127,7 +117,7 @@ class ActorCritic(nn.Module):
             yield model
 
     def forward(self, tokens, prompt_lengths, response_lengths, divergence=None):
-        """tokens (B, T) right-padded, lengths (B,) -> Evaluation.
+        """tokens (B, T) right-padded, lengths (B,) -> TokenStats.
         divergence: name of an exact one, which asks the reference."""
         places = response_places(prompt_lengths, response_lengths, tokens.shape[1])        # (N,)
         targets = tokens.flatten()[places]
@@ -135,7 +125,7 @@ class ActorCritic(nn.Module):
         def states_of(model):                                                              # (N, D)
             return model.hidden(tokens).flatten(0, 1)[places - 1]
 
-        ref = compare = values = None
+        ref = compare = None
         if divergence:
             compare = partial(exact, divergence)
             with torch.no_grad(), self.acting(trained=False) as model:
@@ -146,55 +136,51 @@ class ActorCritic(nn.Module):
         if self.critic is not None:
             with adapter(self.critic, self.value_adapter), autocast(self.critic,
                                                                     self.autocast_dtype):
-                values = self.value_head(states_of(self.critic))
+                stats = stats._replace(values=self.value_head(states_of(self.critic)))
         mask = length_mask(response_lengths, int(response_lengths.max()))                  # (B, R)
         empty = torch.zeros(mask.shape, device=mask.device)
-        return Evaluation(*(x if x is None else empty.masked_scatter(mask, x)
-                            for x in (*stats, values)))
+        return TokenStats(*(x if x is None else empty.masked_scatter(mask, x) for x in stats))
 
     def groups(self):
         """What PPO trains, in two groups that share nothing: name -> parameters."""
-        policy = [p for p in self.policy.parameters() if p.requires_grad]
-        critic = [p for p in self.critic.parameters() if p.requires_grad]
-        if self.policy_adapter:
-            policy = lora_parameters(self.policy, self.policy_adapter)
-            critic = lora_parameters(self.critic, self.value_adapter)
-        return {"policy": policy, "critic": critic + list(self.value_head.parameters())}
+        def trained(model, name):
+            return lora_parameters(model, name) if name else list(model.parameters())
+
+        critic = trained(self.critic, self.value_adapter) + list(self.value_head.parameters())
+        return {"policy": trained(self.policy, self.policy_adapter), "critic": critic}
+
+
+def packed_groups(prompts, responses, size, device):
+    """Rows of similar length together -> their indices; tokens, prompt and response lengths."""
+    length = [len(p) + len(r) for p, r in zip(prompts, responses)].__getitem__
+    for index in micro_batches(range(len(prompts)), length, size):
+        yield index, *pack([prompts[i] for i in index], [responses[i] for i in index], device)
 
 
 @torch.no_grad()
 def score_responses(reward_model, prompts, responses, eos_id, micro_batch):
     """The reward model's score of each response, ids in -> (B,) float32 on the CPU."""
-    device, scores = reward_model.trunk.device, torch.zeros(len(prompts))
-    length = [len(p) + len(r) for p, r in zip(prompts, responses)].__getitem__
+    scores, device = torch.zeros(len(prompts)), reward_model.trunk.device
     with eval_mode(reward_model):
-        for index in micro_batches(range(len(prompts)), length, micro_batch):
-            tokens, before, after = pack([prompts[i] for i in index], [responses[i] for i in index])
-            some = reward_model.scores(tokens.to(device), (before + after).to(device), eos_id)
-            scores[index] = some.cpu()
+        for index, tokens, before, after in packed_groups(prompts, responses, micro_batch, device):
+            scores[index] = reward_model.scores(tokens, before + after, eos_id).cpu()
     return scores
 
 
 @torch.no_grad()
 def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
     """What policy, critic, reference and reward model say of responses, ids in -> Rollout on the
-    CPU.
-
-    Dropout is off: these are PPO's old_logprobs. Rows of similar length share a forward pass."""
-    device = net.policy.device
+    CPU. Dropout is off: these are PPO's old_logprobs."""
     scores = score_responses(reward_model, prompts, responses, eos_id, micro_batch)
-    length = [len(p) + len(r) for p, r in zip(prompts, responses)].__getitem__
-    groups, parts = micro_batches(range(len(prompts)), length, micro_batch), []
+    order, parts = [], []
     with eval_mode(net):
-        for index in groups:
-            packed = pack([prompts[i] for i in index], [responses[i] for i in index])
-            packed = [x.to(device) for x in packed]
+        for index, *packed in packed_groups(prompts, responses, micro_batch, net.policy.device):
             out = net(*packed, divergence="kl")
             finished = torch.tensor([responses[i][-1] == eos_id for i in index])
             parts.append(Rollout(*packed, finished, scores[index], out.logprobs, out.ref_logprobs,
                                  out.values, out.entropy, out.divergence).to("cpu"))
-    order = torch.tensor([i for index in groups for i in index])
-    return join_rollouts(parts).rows(order.argsort())
+            order += index
+    return join_rollouts(parts).rows(torch.tensor(order).argsort())
 
 
 # ------------------------------------------------------------------------------- the four models
@@ -220,10 +206,7 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
     critic = reward_model.trunk
     add_lora(policy, "policy", rank, alpha, dropout)
     if critic is policy:
-        layers = lora_layers(critic, "reward")
-        first = next(iter(layers.values()))
-        rank, alpha = first.rank("reward"), first.alpha["reward"]
-        add_lora(critic, "value", rank, alpha, dropout, targets_of(layers))
+        add_lora(critic, "value", **describe(critic, "reward") | {"dropout": dropout})
         copy_lora(critic, "reward", "value")
     else:
         add_lora(critic, "value", rank, alpha, dropout)
@@ -233,13 +216,12 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
 def load_critic(model_path, reward_path, device):
     """A trunk in float32 that computes what the reward model computes, its adapter (if any)
     merged."""
-    if not is_adapter(reward_path):
-        return load_reward_model(reward_path, device).trunk.requires_grad_(True)
-    trunk = load_llama(model_path, device)
-    load_reward_model(reward_path, device, trunk=trunk)
-    merge_lora(trunk, "reward")
-    trunk.output = None
-    return trunk.requires_grad_(True)
+    trunk = load_llama(model_path, device) if is_adapter(reward_path) else None
+    model = load_reward_model(reward_path, device, trunk=trunk)
+    if model.adapter_name:
+        merge_lora(trunk, model.adapter_name)
+        trunk.output = None
+    return model.trunk.requires_grad_(True)
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -249,21 +231,28 @@ def is_adapter(path):
     return (Path(path) / "adapter_config.json").is_file()
 
 
+def reward_parameters(model):
+    """A reward model's parameters by AlpacaFarm's names, and by the same those of its head
+    alone."""
+    head = {f"reward_head.{name}": p for name, p in model.head.named_parameters()}
+    trunk = {f"backbone_model.{hf_name(name)}": p for name, p in model.trunk.named_parameters()
+             if not name.startswith("output.")}
+    return trunk | head, head
+
+
 def save_reward_model(model, path, **about):
     """A full reward model as a folder (tensors backbone_model.* and reward_head.*, as
     AlpacaFarm's), or, if it is an adapter, a PEFT folder with reward_head.safetensors and its
     trunk's fingerprint."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    head = {f"reward_head.{name}": p for name, p in model.head.named_parameters()}
+    everything, head = reward_parameters(model)
     if model.adapter_name is not None:
         save_lora(model.trunk, model.adapter_name, path)
         save_weights(head, path / "reward_head.safetensors")
         config = {"trunk_fingerprint": fingerprint(model.trunk)}
     else:
-        trunk = {f"backbone_model.{hf_name(name)}": p for name, p in model.trunk.named_parameters()
-                 if not name.startswith("output.")}
-        save_weights(trunk | head, path / "model.safetensors")
+        save_weights(everything, path / "model.safetensors")
         config = hf_config_json(model.trunk.config, model.trunk.tok_embeddings.weight.dtype)
         config["architectures"] = ["LlamaRewardModel"]
     write_json(path / "config.json", config | {"score_eos": model.score_eos} | about)
@@ -279,44 +268,28 @@ def load_reward_model(path, device="cpu", dtype=torch.float32, trunk=None):
         return load_reward_adapter(path, trunk)
     model = RewardModel(empty_llama(reward_config(path), device, dtype, lm_head=False))
     model.score_eos = read_json(path / "config.json").get("score_eos", False)
-    fill(model, {reward_name(name): read for name, read in weight_readers(path).items()
-                 if "lm_head" not in name}, path)
+    fill(reward_parameters(model)[0], weight_readers(path), path)
     return model.eval()
 
 
 def reward_config(path):
     """LlamaConfig of a full reward model's folder. InputError if it is something else."""
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} holds no reward model: expected config.json, as --stage reward "
-                         "writes it")
     about = read_json(path / "config.json")
-    if about.get("model_type") == "reward_model":
-        raise InputError(f"{path}/config.json does not say the model's sizes (AlpacaFarm's): "
-                         "tools/convert.py reward makes a folder that does")
+    config = hf_config(about, path / "config.json")
     if "reward_head.weight" not in weight_readers(path):
         raise InputError(f"{path} has no tensor reward_head.weight: it is a model of architecture "
                          f"{about.get('architectures')}, expected a reward model")
-    return hf_config(about, path / "config.json")
+    return config
 
 
 def load_reward_adapter(path, trunk):
     """The adapter half of load_reward_model."""
-    if trunk is None:
-        raise InputError(f"{path} is an adapter: name the model that it was trained on")
     about = read_json(path / "config.json")
     if fingerprint(trunk) != about.get("trunk_fingerprint"):
-        raise InputError(f"{path} was trained on another model than the one given (fingerprint "
-                         f"{about.get('trunk_fingerprint')}, this one has {fingerprint(trunk)})")
+        raise InputError(f"{path} was trained on another model than the one given (its fingerprint "
+                         "differs): give the model that it was trained on")
     load_lora(trunk, "reward", path)
     model = RewardModel(trunk, "reward", about.get("score_eos", True))
-    head = tensor_readers(path / "reward_head.safetensors")
-    fill(model.head, {name.removeprefix("reward_head."): read for name, read in head.items()}, path)
+    fill(reward_parameters(model)[1], tensor_readers(path / "reward_head.safetensors"), path)
     return model.eval()
-
-
-def reward_name(name):
-    """backbone_model.model.layers.0... -> trunk.layers.0...; reward_head.weight -> head.weight"""
-    if name.startswith("backbone_model."):
-        return "trunk." + our_name(name.removeprefix("backbone_model."))
-    return name.replace("reward_head.", "head.")

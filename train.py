@@ -26,6 +26,7 @@ saved, and results depend neither on the number of processes nor on where a run 
 """
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -39,11 +40,6 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:      # (Windows: no lock)
-    fcntl = None
-
 import torch
 import torch.distributed as dist
 # torch imports this by itself when a model is made; after init_process_group its default arguments
@@ -54,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows,
                   load_preferences, load_prompts, load_sft, micro_batches, pack, permutation,
                   split_by_instruction)
-from eval import (Parser, accuracy_report, check_rows, device_and_dtype, evaluate, load_run,
+from eval import (Parser, accuracy_report, device_and_dtype, evaluate, load_run,
                   mistakes_in_one_line, pair_accuracy, report, score_pairs, summarise)
 from lora import add_lora, merge_lora, read_adapter_config, save_lora
 from model import (InputError, Llama, LlamaConfig, fingerprint, keyed_seed, load_llama, read_json,
@@ -96,9 +92,7 @@ class Common:
 
     def __post_init__(self):
         for f in fields(self):
-            value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
-            if choices and value not in choices:
-                raise InputError(f"--{f.name} {value!r} is not one of {', '.join(choices)}")
+            value, low = getattr(self, f.name), f.metadata["low"]
             if f.type in (int, float) and low is not None and not low <= value < math.inf:
                 raise InputError(f"--{f.name} {value}: expected a number, at least {low}")
 
@@ -173,11 +167,9 @@ class PPOConfig(Common):
         if self.regularizer not in ("none", *allowed):
             raise InputError(f"--regularizer {self.regularizer} with --regularizer_mode "
                              f"{self.regularizer_mode}: the reward takes one-sample penalties, the "
-                             f"loss exact divergences; here one of none, {', '.join(allowed)}")
+                             f"loss exact divergences, here one of {', '.join(allowed)}")
         if self.eval_every and not self.eval_data:
             raise InputError("--eval_every needs --eval_data: there is nothing to evaluate on")
-        if 0 < self.eval_temperature < 1e-3:
-            raise InputError(f"--eval_temperature {self.eval_temperature}: expected 0, or 0.001 up")
 
     def regularizer_in(self, mode):
         """Name of the penalty in the "reward" or the "loss", or None."""
@@ -186,7 +178,7 @@ class PPOConfig(Common):
 
 
 STAGES = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
-NEEDS = {"sft": "sft_data", "reward": "preference_data", "ppo": "prompts"}
+NEEDS = {"sft": ["sft_data"], "reward": ["preference_data"], "ppo": ["prompts", "reward"]}
 PATHS = ("model", "reward", "tokenizer", "sft_data", "preference_data", "preference_test",
          "prompts")
 OWN = ("lr", "steps", "epochs", "batch", "lora_rank", "lora_alpha", "lora_dropout")  # --sft_lr, ..
@@ -225,7 +217,7 @@ class Command:
 def build_parser():
     """A flag per setting; those in OWN have one for each supervised stage as well."""
     own = ", ".join(f"--{name}" for name in OWN)
-    about = (f"SFT, reward model and PPO with LoRA. Without --model: the toy world. Plain {own} are "
+    about = (f"SFT, reward model, PPO with LoRA. Without --model: the toy world. Plain {own} are "
              "those of the named stage (PPO under all); --sft_lr, --reward_steps, .. the others'.")
     parser = Parser(description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=("all", *STAGES), help="what to run (default: all)")
@@ -246,7 +238,7 @@ def build_parser():
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{name}", help=about.replace("%", "%%"), **kind)
+        parser.add_argument(f"--{name}", help=about, **kind)
     return parser
 
 
@@ -255,19 +247,16 @@ def parse(argv):
     given = vars(build_parser().parse_args(argv))
     stage, start = given.pop("stage", "all"), given.get("model", "")
     out, redo = given.pop("out", "runs/default" if start else "runs/toy"), given.pop("redo", "")
-    if not out or given.get("model") == "":
-        raise InputError("--out or --model is empty: a variable of the shell that is not set?")
     if "reward" in given and stage != "ppo":
         raise InputError(f"--reward goes with --stage ppo: --stage {stage} would not use it")
-    if stage in ("all", "ppo") and {"epochs", "batch"} & given.keys():
-        raise InputError("PPO has no --epochs and --batch: give --sft_epochs, --reward_batch, ..")
     alone = start and stage != "all"       # one stage, from models that other commands have made
     folders = {one: Path(out) if alone else Path(out) / one for one in STAGES}
     named, configs = "ppo" if stage == "all" else stage, {}
     for one in STAGES if stage == "all" else [stage]:
         values = {"tokenizer": f"{start}/tokenizer.model"} if start else dict(TOY[one])
         for f in fields(STAGES[one]):
-            if f.name in given and (one == named or f.name not in OWN):
+            mine = one == named or f.name not in OWN or not hasattr(STAGES[named], f.name)
+            if f.name in given and mine:
                 values[f.name] = given[f.name]
             if f.name in OWN and f"{one}_{f.name}" in given:
                 values[f.name] = given[f"{one}_{f.name}"]
@@ -275,11 +264,11 @@ def parse(argv):
             values["model"] = str(folders["sft"])
         if one == "ppo" and not alone:
             values.setdefault("reward", str(folders["reward"]))
-        for name in (NEEDS[one], "reward"):
-            if values.get(name, "") == "" and (one == "ppo" or name != "reward"):
+        for name in NEEDS[one]:
+            if not values.get(name):
                 raise InputError(f"--stage {stage} with --model needs --{name}")
         configs[one] = STAGES[one](**values)
-    if redo and redo not in (*configs, "eval") or redo == "eval" and not configs.get("ppo"):
+    if redo and {"eval": "ppo"}.get(redo, redo) not in configs:
         raise InputError(f"--redo {redo} does not go with --stage {stage}")
     return Command(stage, redo, out, start, folders, configs)
 
@@ -306,27 +295,24 @@ class Run:
     def finished(self):
         return (self.folder / "finished.json").is_file()
 
-    def made_with(self):
-        """What config.json says, {} where nothing is. InputError if something else is there."""
-        if (self.folder / "config.json").is_file():
-            about = read_json(self.folder / "config.json")
-            if about.get("run", {}).get("stage") == self.stage:
-                return about
+    def check(self, redone=False):
+        """Refuse a folder that holds something else, or (unless it is to be made again) that was
+        made with other settings or data."""
+        path, about = self.folder / "config.json", {}
+        if path.is_file():
+            about = read_json(path)
         elif not list(self.folder.glob("*.safetensors")):
-            return {}
-        raise InputError(f"{self.folder} holds something that is not a run of stage {self.stage}: "
-                         "choose another --out")
-
-    def check(self):
-        """Refuse a folder that was made with other settings or data."""
-        about = self.made_with()
-        before, content = about.get("run", self.settings), about.get("content", {})
+            return
+        before, content = about.get("run", {}), about.get("content", {})
+        if before.get("stage") != self.stage:
+            raise InputError(f"{self.folder} holds something that is not a run of stage "
+                             f"{self.stage}: choose another --out")
         other = [f"{name} {before.get(name)!r} (now {value!r})"
                  for name, value in self.settings.items()
                  if name not in PATHS and before.get(name) != value]
         other += [f"other content of {name}" for name, value in self.content.items()
                   if content.get(name, value) != value]
-        if other:
+        if other and not redone:
             raise InputError(f"{self.folder} was made with {', '.join(other)}: give the same, "
                              f"another --out, or --redo {self.stage}")
 
@@ -360,31 +346,35 @@ class Run:
         path = self.folder / "checkpoint.pt"
         if not path.is_file():
             return 0
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:      # (torch.load names a damaged file in many ways)
-            raise InputError(f"{path} cannot be read: damaged? --redo {self.stage}") from None
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         for p, q in zip(parameters, saved["parameters"], strict=True):
             p.copy_(q)
         optimizer.load_state_dict(saved["optimizer"])
         return saved["step"]
 
-    def save_checkpoint(self, step, parameters, optimizer):
-        """All that the next step needs: a kill leaves the old one or the new one."""
-        def save():
-            state = {"step": step, "parameters": [p.detach().cpu() for p in parameters],
-                     "optimizer": optimizer.state_dict()}
-            with whole_file(self.folder / "checkpoint.pt") as temporary:
-                torch.save(state, temporary)
-        first_does(save)
+    def end_step(self, step, parameters, optimizer, stopper, **records):
+        """Keep a step's records, rows for files of JSON lines; a checkpoint, if one is due or if
+        somebody asks to stop, which then happens. A kill leaves the old checkpoint or the new
+        one."""
+        number = stopper.asked(parameters[0].device)
 
-    def append(self, name, rows):
-        """Add rows to a file of JSON lines."""
-        def write():
-            path = self.folder / name
-            with writing(path), open(path, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        first_does(write)
+        def save():
+            for name, rows in records.items():
+                path = self.folder / f"{name}.jsonl"
+                with writing(path), open(path, "a", encoding="utf-8") as f:
+                    f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            if number or step % self.cfg.save_every == 0:
+                state = {"step": step, "parameters": [p.detach().cpu() for p in parameters],
+                         "optimizer": optimizer.state_dict()}
+                with whole_file(self.folder / "checkpoint.pt") as temporary:
+                    torch.save(state, temporary)
+
+        first_does(save)
+        if number:
+            say(f"stopped after step {step}; the same command, without --redo, continues "
+                f"{self.folder}")
+            dist.destroy_process_group()
+            sys.exit(128 + number)
 
     def finish(self, save_result, tokenizer, **summary):
         """Write the result (save_result() -> its folder), and last finished.json."""
@@ -414,12 +404,11 @@ def hold(folder):
     """Keep other processes from writing to a folder until the descriptor is closed, or we die."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
-    if fcntl:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing to {folder}: wait for it, or choose "
-                             "another --out") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process is writing to {folder}: wait for it, or choose another "
+                         "--out") from None
     return descriptor
 
 
@@ -521,9 +510,9 @@ class Inputs:
     """What a stage reads before the first process starts."""
     tokenizer: Tokenizer
     banned_ids: list
-    rows: list = ()                    # Examples, Pairs, or prompts as ids
-    held_out: list = ()                # Pairs
-    eval_rows: list = ()
+    rows: list            # Examples, Pairs, or prompts as ids
+    held_out: list        # Pairs
+    eval_rows: list       # dictionaries
 
 
 def learning_rate(step, steps, warmup, peak, shape):
@@ -598,7 +587,7 @@ def trainable(module):
 def clock(seconds):
     """75 -> 1m15s"""
     minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
+    return f"{minutes}m{seconds:02}s"
 
 
 def eta(start, done, left):
@@ -610,17 +599,6 @@ def count(module):
     n = sum(p.numel() for p in trainable(module))
     total = sum(p.numel() for p in module.parameters())
     return f"{n:,} of {total:,} parameters are trained ({100 * n / total:.3f} %)"
-
-
-def end_step(run, step, parameters, optimizer, stopper):
-    """A checkpoint if it is due, or if somebody asks to stop, which then happens."""
-    number = stopper.asked(parameters[0].device)
-    if number or step % run.cfg.save_every == 0:
-        run.save_checkpoint(step, parameters, optimizer)
-    if number:
-        say(f"stopped after step {step}; the same command, without --redo, continues {run.folder}")
-        dist.destroy_process_group()
-        sys.exit(128 + number)
 
 
 def starting_model(cfg, device, dtype, adapter_name):
@@ -647,7 +625,7 @@ def supervised(run, module, trunk, items, weight, loss_of, device):
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch))
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0,
                                   fused=True)
-    first = run.resume(parameters, optimizer, **({"model": trunk} if cfg.model else {}))
+    first = run.resume(parameters, optimizer, model=trunk)
     start, shown, lengths = time.time(), [], [len(item) for item in items]
     pick = even_batch_indices if run.stage == "reward" else batch_indices
     with Stopper() as stopper:
@@ -658,16 +636,16 @@ def supervised(run, module, trunk, items, weight, loss_of, device):
             norm = clip_gradients(parameters, cfg.max_grad_norm, step, "model")
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)           # (gradients stay in DDP's buckets)
-            run.append("metrics.jsonl", [{"step": step, "loss": loss, "lr": lr, "grad_norm": norm}])
             shown.append(loss)
             if step % max(1, steps // 12) == 0 or step == steps:
                 say(f"{run.stage:6} step {step:5}/{steps} | loss {sum(shown) / len(shown):.3f} | "
                     f"lr {lr:.1e} | grad {norm:.2f} | eta {eta(start, step - first, steps - step)}")
                 shown = []
-            end_step(run, step, parameters, optimizer, stopper)
+            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
+            run.end_step(step, parameters, optimizer, stopper, metrics=[row])
     module.eval()
     check_same_parameters(parameters)
-    return steps, round(time.time() - start, 1)
+    return steps, time.time() - start
 
 
 def accumulate(cfg, step, ddp, batch, weight, loss_of):
@@ -712,10 +690,10 @@ def sft(run, inputs, device, dtype):
 
 def sft_loss(ddp, examples):
     """Cross-entropy of response tokens given what stands before them, nats per token."""
-    packed = pack([e.prompt for e in examples], [e.response for e in examples])
-    tokens, prompt_lengths, lengths = (x.to(ddp.module.policy.device) for x in packed)
-    logprobs = ddp(tokens, prompt_lengths, lengths).logprobs                     # (B, R)
-    return -masked_mean(logprobs, length_mask(lengths, logprobs.shape[1]))
+    packed = pack([e.prompt for e in examples], [e.response for e in examples],
+                  ddp.module.policy.device)
+    logprobs = ddp(*packed).logprobs                                             # (B, R)
+    return -masked_mean(logprobs, length_mask(packed[2], logprobs.shape[1]))
 
 
 def reward(run, inputs, device, dtype):
@@ -749,10 +727,9 @@ def reward(run, inputs, device, dtype):
 
 def reward_loss(ddp, pairs):
     """Bradley-Terry loss of pairs, nats per pair."""
-    tokens, prompt_lengths, lengths = pack([p.prompt for p in pairs] * 2,
-                                           [p.chosen for p in pairs] + [p.rejected for p in pairs])
-    device = ddp.module.trunk.device
-    chosen, rejected = ddp(tokens.to(device), (prompt_lengths + lengths).to(device)).chunk(2)
+    answers = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    tokens, before, after = pack([p.prompt for p in pairs] * 2, answers, ddp.module.trunk.device)
+    chosen, rejected = ddp(tokens, before + after).chunk(2)                      # (B,) twice
     return bradley_terry_loss(chosen, rejected)
 
 
@@ -780,7 +757,7 @@ def ppo(run, inputs, device, dtype):
     parameters = [p for group in groups for p in group["params"]]
     first = run.resume(parameters, optimizer, model=net.ref or net.policy,
                        reward=reward_model.trunk)
-    ddp, start, records = wrap(net, device).eval(), time.time(), None
+    ddp, start = wrap(net, device).eval(), time.time()
     with Stopper() as stopper:
         for step in range(first + 1, cfg.steps + 1):
             laps = [time.time()]
@@ -796,17 +773,17 @@ def ppo(run, inputs, device, dtype):
             row = {"step": step} | rollout_statistics(rollout) | stats | seconds_of(laps)
             if step == 1:
                 check_first_step(rollout, row, dtype, cfg.lora_dropout)
-            run.append("metrics.jsonl", [row])
             say(step_line(row, cfg.steps, eta(start, step - first, cfg.steps - step)))
+            records = {"metrics": [row]}
             if step == 1 or step % 10 == 0:
-                run.append("samples.jsonl", texts_of(step, rollout, inputs.tokenizer))
+                records["samples"] = texts_of(step, rollout, inputs.tokenizer)
             if cfg.eval_every and step % cfg.eval_every == 0:
-                records = evaluation(cfg, inputs, net, reward_model, records)
-                run.append("evals.jsonl", [{"step": step} | summarise(records)])
-            end_step(run, step, parameters, optimizer, stopper)
+                summary = summarise(evaluation(cfg, inputs, net, reward_model))
+                records["evals"] = [{"step": step} | summary]
+            run.end_step(step, parameters, optimizer, stopper, **records)
     check_same_parameters(parameters)
     run.finish(lambda: save_policy(net, run.folder / "policy", cfg.model), inputs.tokenizer,
-               steps=cfg.steps, seconds=round(time.time() - start, 1))
+               steps=cfg.steps, seconds=time.time() - start)
 
 
 def respond(cfg, step, net, inputs):
@@ -899,14 +876,15 @@ def step_line(row, steps, left):
             f"update {row['update_seconds']:.1f}s | eta {left}")
 
 
-def texts_of(step, rollout, tokenizer, n=4):
-    """The first prompts and responses of a rollout, with their scores, for people to read."""
-    texts, ends = [], (rollout.prompt_lengths + rollout.response_lengths).tolist()
-    for i, end in enumerate(ends[:n]):
-        ids, begin = rollout.tokens[i, :end].tolist(), int(rollout.prompt_lengths[i])
-        texts.append({"step": step, "prompt": tokenizer.decode(ids[:begin]),
-                      "response": tokenizer.decode_response(ids[begin:]),
-                      "score": rollout.scores[i].item()})
+def texts_of(step, rollout, tokenizer):
+    """Four prompts and responses of a rollout, with their scores, for people to read."""
+    texts = []
+    for i in range(min(4, len(rollout.tokens))):
+        row = rollout.rows([i])
+        ids, begin = row.tokens[0].tolist(), int(row.prompt_lengths)
+        texts.append({"step": step, "score": row.scores.item(),
+                      "prompt": tokenizer.decode(ids[:begin]),
+                      "response": tokenizer.decode_response(ids[begin:])})
     return texts
 
 
@@ -920,13 +898,13 @@ def save_policy(net, folder, base_model):
     return folder
 
 
-def evaluation(cfg, inputs, net, reward_model, earlier=None):
+def evaluation(cfg, inputs, net, reward_model):
     """Answers to the evaluation instructions before and after PPO, each process a share ->
     records."""
-    mine = slice(rank(), None, world_size())
-    records = evaluate(net, reward_model, inputs.tokenizer, inputs.eval_rows[mine], cfg.micro_batch,
-                       earlier[mine] if earlier else None, max_new_tokens=cfg.response_len,
-                       temperature=cfg.eval_temperature, seed=f"{cfg.seed} evaluation",
+    mine = inputs.eval_rows[rank()::world_size()]
+    records = evaluate(net, reward_model, inputs.tokenizer, mine, cfg.micro_batch,
+                       max_new_tokens=cfg.response_len, temperature=cfg.eval_temperature,
+                       seed=f"{cfg.seed} evaluation",
                        batch_size=cfg.generate_batch or cfg.rollout_batch // world_size())
     return sorted(itertools.chain(*gather(records)), key=lambda record: record["index"])
 
@@ -941,36 +919,32 @@ def read_inputs(command, stage):
         config = read_model_config(source)
     tokenizer, room = Tokenizer(cfg.tokenizer), config.max_seq_len
     tokenizer.check_model(source or TOY_FOLDER, config.vocab_size)
-    inputs = Inputs(tokenizer, tokenizer.banned_ids(config.vocab_size))
-    if stage != "ppo":
-        check_room(cfg.max_len, room)
-    if stage == "sft":
-        return replace(inputs, rows=load_sft(cfg.sft_data, tokenizer, cfg.max_len))
-    if stage == "reward":
-        pairs = load_preferences(cfg.preference_data, tokenizer, cfg.max_len)
-        if cfg.preference_test:
-            held_out = load_preferences(cfg.preference_test, tokenizer, cfg.max_len)
-        else:
-            pairs, held_out = split_by_instruction(pairs, 0.1, cfg.seed)
-        return replace(inputs, rows=pairs, held_out=held_out)
+    asked = cfg.prompt_len + cfg.response_len if stage == "ppo" else cfg.max_len
     if command.stage == "ppo" and is_adapter(cfg.reward):
         read_adapter_config(cfg.reward)
     elif command.stage == "ppo":
         reward_model = reward_config(cfg.reward)
         tokenizer.check_model(cfg.reward, reward_model.vocab_size)
         room = min(room, reward_model.max_seq_len)
-    check_room(cfg.prompt_len + cfg.response_len, room)
-    if cfg.eval_data:
-        rows = load_eval_rows(cfg.eval_data, tokenizer, room, cfg.response_len, cfg.eval_drop_long)
-        check_rows(rows, cfg.eval_data)
-        inputs = replace(inputs, eval_rows=rows)
-    return replace(inputs, rows=load_prompts(cfg.prompts, tokenizer, cfg.prompt_len))
-
-
-def check_room(asked, room):
     if asked > room:
         raise InputError(f"{asked} tokens (--max_len, or --prompt_len and --response_len) exceed "
                          f"the {room} positions of the model or the reward model: lower them")
+    held_out = eval_rows = ()
+    if stage == "sft":
+        rows = load_sft(cfg.sft_data, tokenizer, asked)
+    elif stage == "ppo":
+        rows = load_prompts(cfg.prompts, tokenizer, cfg.prompt_len)
+        if cfg.eval_data:
+            eval_rows = load_eval_rows(cfg.eval_data, tokenizer, room, cfg.response_len,
+                                       cfg.eval_drop_long)
+    else:
+        rows = load_preferences(cfg.preference_data, tokenizer, asked)
+        if cfg.preference_test:
+            held_out = load_preferences(cfg.preference_test, tokenizer, asked)
+        else:
+            rows, held_out = split_by_instruction(rows)
+    banned_ids = tokenizer.banned_ids(config.vocab_size)
+    return Inputs(tokenizer, banned_ids, rows, held_out, eval_rows)
 
 
 def check_processes(cfg):
@@ -988,12 +962,11 @@ def evaluation_settings(cfg):
     return {"temperature": cfg.eval_temperature, "eval_data": digest(cfg.eval_data)}
 
 
-def to_evaluate(run):
+def to_evaluate(run, again):
     """Whether a PPO run is to be evaluated: --eval_data is given, and eval.json is of another."""
     path = run.folder / "eval.json"
-    if not run.cfg.eval_data or not path.is_file():
-        return bool(run.cfg.eval_data)
-    return read_json(path).get("settings") != evaluation_settings(run.cfg)
+    before = read_json(path).get("settings") if path.is_file() else None
+    return bool(run.cfg.eval_data) and (again or before != evaluation_settings(run.cfg))
 
 
 def final_evaluation(run, inputs, device, dtype):
@@ -1001,11 +974,7 @@ def final_evaluation(run, inputs, device, dtype):
     net, reward_model, _ = load_run(run.folder, device, dtype)
     records = evaluation(run.cfg, inputs, net, reward_model)
     content = {"settings": evaluation_settings(run.cfg), "records": records}
-
-    def save():
-        set_aside(run.folder / "eval.json")
-        write_json(run.folder / "eval.json", content)
-    first_does(save)
+    first_does(lambda: write_json(run.folder / "eval.json", content))
 
 
 def carry_out(command):
@@ -1014,13 +983,10 @@ def carry_out(command):
             for stage, cfg in command.configs.items()}
     later = list(STAGES)[list(STAGES).index(command.redo):] if command.redo in STAGES else []
     for stage, run in runs.items():
-        if stage in later:
-            run.made_with()
-        else:
-            run.check()
+        run.check(redone=stage in later)
     todo = [stage for stage, run in runs.items() if stage in later or not run.finished]
-    evaluating = "ppo" in runs and (command.redo == "eval" or to_evaluate(runs["ppo"]) or
-                                    "ppo" in todo and bool(runs["ppo"].cfg.eval_data))
+    again = "ppo" in todo or command.redo == "eval"
+    evaluating = "ppo" in runs and to_evaluate(runs["ppo"], again)
     reading = [stage for stage in runs if stage in todo or stage == "ppo" and evaluating]
     inputs = {stage: read_inputs(command, stage) for stage in reading}
     for stage in todo:
@@ -1032,6 +998,8 @@ def carry_out(command):
         held.append(hold(Path(command.out)))
         for stage in reversed(later):
             set_aside(command.folders[stage])
+        if evaluating:
+            set_aside(runs["ppo"].folder / "eval.json")
         if not Path(command.out).exists():            # it is what was renamed
             held.append(hold(Path(command.out)))
 
