@@ -46,8 +46,7 @@ def format_prompt(instruction, input=""):
 
 
 class Tokenizer:
-    """A sentencepiece model. pad_id is -1 where there is none (LLaMA): masks decide, not the
-    pad."""
+    """A sentencepiece model. pad_id is -1 where there is none (LLaMA): only masks decide."""
 
     # Two more bytes of the file's normalizer_spec (field 3): add_dummy_prefix (its field 3) =
     # false. In protobuf the later value of a field wins: appended, they make a second tokenizer
@@ -208,8 +207,7 @@ def load_sft(path, tokenizer, max_len):
 
 
 def better_and_worse(row, where):
-    """The two texts of an output_1 / output_2 / preference row (AlpacaFarm), or chosen /
-    rejected."""
+    """Two texts, of AlpacaFarm's output_1, output_2, preference, or of chosen and rejected."""
     if "chosen" in row:
         return text_field(row, "chosen", where), text_field(row, "rejected", where)
     outputs = text_field(row, "output_1", where), text_field(row, "output_2", where)

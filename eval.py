@@ -95,8 +95,7 @@ def mean_with_error(values, groups):
 
 
 def win_rate_with_error(ours, theirs, groups=None):
-    """-> {"value", "se", "low", "high"}; groups: what is resampled together (None: each prompt
-    alone)."""
+    """-> {"value", "se", "low", "high"}; groups: what is resampled together (None: prompts)."""
     return mean_with_error(outcomes(ours, theirs), groups or range(len(ours)))
 
 
@@ -179,16 +178,14 @@ def ppo_settings(folder):
 
 
 def check_trunk(folder, name, trunk, content):
-    """InputError if a finished run was trained on other weights than its --model or --reward
-    holds."""
+    """InputError if a run was trained on other weights than its --model or --reward holds now."""
     if fingerprint(trunk) != content[name]:
         raise InputError(f"{folder} was trained with other weights than its --{name} holds now: "
                          "train.py --redo ppo")
 
 
 def load_run(folder, device="cpu", dtype=torch.float32):
-    """The four models of a finished PPO run, with its policy -> ActorCritic, RewardModel,
-    Tokenizer."""
+    """The models of a finished PPO run, policy trained -> ActorCritic, RewardModel, Tokenizer."""
     folder = Path(folder)
     run, content = ppo_settings(folder)
     tokenizer = Tokenizer(folder / "policy" / "tokenizer.model")

@@ -39,8 +39,7 @@ from model import (HF_NAMES, InputError, fill, hf_name, read_json, save_weights,
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its adapters: lora_A[name] (r, in), lora_B[name] (out, r),
-    float32."""
+    """A frozen linear layer and float32 adapters: lora_A[name] (r, in), lora_B[name] (out, r)."""
 
     def __init__(self, base):
         super().__init__()

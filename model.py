@@ -149,8 +149,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to the residual
-    stream."""
+    """One layer: attention and feed-forward, each behind a norm and added to the stream x."""
 
     def __init__(self, c):
         super().__init__()
@@ -170,8 +169,7 @@ def no_context(block):
 
 
 class Llama(nn.Module):
-    """The transformer. `lm_head=False` leaves the output matrix out: reward models have no use for
-    it."""
+    """The transformer. `lm_head=False` leaves out the output matrix, as reward models do."""
 
     def __init__(self, config, lm_head=True):
         super().__init__()
@@ -239,8 +237,7 @@ def masked_logits(head, states, banned_mask=None):
 
 
 class TokenStats(NamedTuple):
-    """What is known of N tokens that were sampled, in nats; of responses (B, R), 0 in the
-    padding."""
+    """What is known of N sampled tokens, in nats; of whole responses (B, R), 0 in the padding."""
     logprobs: Tensor              # (N,)
     entropy: Tensor | None        # (N,) of the next-token distribution; None in training
     ref_logprobs: Tensor | None   # (N,) if a reference was asked
@@ -291,8 +288,7 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
 # -------------------------------------------------------------------------------------- sampling
 
 def keyed_seed(*key):
-    """An integer seed that belongs to this key (numbers, strings) and nothing else, on any
-    machine."""
+    """An integer seed that belongs to this key (numbers, strings) alone, on any machine."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 
@@ -406,8 +402,7 @@ def check_generate(model, prompts, limits, temperature, top_p):
 
 
 class KVCache:
-    """Keys and values of all layers; each row has its own length, and writes at its own
-    position."""
+    """Keys and values of all layers; each row has its own length and writes at its own place."""
 
     def __init__(self, rows, slots, device):
         self.slots = slots       # prompt and new tokens of the longest row
@@ -565,8 +560,7 @@ class Decoder:
         self.done |= (ids == self.eos_id) | (self.count == self.limits[self.which])
 
     def read(self):
-        """What the model makes of the ids drawn last; an ended row's is written over by its
-        next."""
+        """What the model makes of the ids drawn last (an ended row's next writes over it)."""
         self.state.copy_(self.model.hidden(self.last[:, None], self.cache)[:, 0])
         self.cache.lengths += ~self.done
 
@@ -703,8 +697,7 @@ SIZES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidd
 
 
 def hf_config(raw, file):
-    """Hugging Face's config.json -> LlamaConfig; InputError names what `Llama` does not
-    implement."""
+    """Hugging Face's config.json -> LlamaConfig; InputError names what `Llama` cannot do."""
     for key, plain in PLAIN.items():
         if raw.get(key, plain) not in (plain, None):
             raise InputError(f"{file}: {key} = {raw[key]} is not implemented: plain LLaMA only "
@@ -749,8 +742,7 @@ def load_llama(path, device="cpu", dtype=torch.float32):
 
 
 def empty_llama(config, device="cpu", dtype=torch.float32, lm_head=True):
-    """A model in eval mode whose weights are allocated once, in their final dtype, and hold
-    nothing."""
+    """A model in eval mode whose weights are allocated, in their final dtype, and hold nothing."""
     with torch.device("meta"):
         model = Llama(config, lm_head).to(dtype)
     model.to_empty(device=device).tie()
@@ -793,8 +785,7 @@ def save_llama(model, path, **about):
 
 
 def fingerprint(model):
-    """A short hash of a model's sizes and of 64 numbers of each weight; casting does not change
-    it."""
+    """A short hash of a model's sizes and of 64 numbers of each weight, the same in any dtype."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, p in model.named_parameters():
         if ".lora_" not in name:

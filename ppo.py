@@ -72,8 +72,7 @@ class Rollout:
 
 
 def join_rollouts(parts):
-    """Rollouts of several processes -> one, part after part, the narrower ones padded with
-    zeros."""
+    """Rollouts of several processes -> one, part after part, padded with zeros to one width."""
     def join(name, _):
         tensors = [getattr(part, name) for part in parts]
         if tensors[0].dim() == 1:

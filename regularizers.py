@@ -82,8 +82,7 @@ EXACT = {        # name -> divergence as a function of log p, log q (.., V), all
 
 
 def sampled(name, logprobs, ref_logprobs):
-    """One-sample penalty of each token: logprobs, ref_logprobs (B, R) -> (B, R), nats. See the
-    table."""
+    """One-sample penalty of each token, see the table: log-probabilities (B, R) -> (B, R), nats."""
     d = logprobs.double() - ref_logprobs.double()
     return SAMPLED[name](d).to(logprobs.dtype)
 

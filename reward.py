@@ -44,8 +44,7 @@ def bradley_terry_loss(chosen, rejected):
 
 
 class ScalarHead(nn.Linear):
-    """One float32 number per state: (.., D) -> (..,). Zero at the start: a new head has no
-    opinion."""
+    """One float32 number per state: (.., D) -> (..,). Zero at the start: no opinion."""
 
     def __init__(self, dim):
         super().__init__(dim, 1)
@@ -57,8 +56,7 @@ class ScalarHead(nn.Linear):
 
 
 def autocast(model, dtype):
-    """Fully trained models keep float32 weights and compute in `dtype` (None: adapters need
-    nothing)."""
+    """Fully trained models keep float32 weights and compute in `dtype`; adapters need nothing."""
     if dtype in (None, torch.float32):
         return nullcontext()
     return torch.autocast(model.device.type, dtype)
@@ -108,8 +106,7 @@ class ActorCritic(nn.Module):
 
     @contextmanager
     def acting(self, trained=True):
-        """The policy to sample from, or (trained=False) the reference, in the update's
-        precision."""
+        """The policy, or (trained=False) the reference, in the precision of the update."""
         model, name = self.policy, self.policy_adapter
         if not trained:
             model, name = self.ref or self.policy, None
@@ -214,8 +211,7 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
 
 
 def load_critic(model_path, reward_path, device):
-    """A trunk in float32 that computes what the reward model computes, its adapter (if any)
-    merged."""
+    """A trunk in float32 that computes what the reward model does, an adapter of it merged."""
     trunk = load_llama(model_path, device) if is_adapter(reward_path) else None
     model = load_reward_model(reward_path, device, trunk=trunk)
     if model.adapter_name:
@@ -232,8 +228,7 @@ def is_adapter(path):
 
 
 def reward_parameters(model):
-    """A reward model's parameters by AlpacaFarm's names, and by the same those of its head
-    alone."""
+    """A reward model's parameters by AlpacaFarm's names; and those of its head alone."""
     head = {f"reward_head.{name}": p for name, p in model.head.named_parameters()}
     trunk = {f"backbone_model.{hf_name(name)}": p for name, p in model.trunk.named_parameters()
              if not name.startswith("output.")}

@@ -17,9 +17,8 @@ Departures from the paper's code (numbers as in the README):
 5. No dropout in the update by default; with it, old_logprobs are taken without.
 6. Token in, token out: the reward model scores the ids that were sampled.
 11. Checkpoints hold all that a resumed run needs, the first learning rate is above 0, logged KL is
-    not
-   clamped, logged gradient norms are from before the clipping. Policy and critic are clipped apart:
-   they share no parameter.
+   not clamped, logged gradient norms are from before the clipping. Policy and critic are clipped
+   apart: they share no parameter.
 Every random number is a function of (seed, step, row or epoch): no generator's state has to be
 saved, and results depend neither on the number of processes nor on where a run was interrupted.
 (The masks of dropout, if there is any, belong to a process and its micro-batches as well.)
@@ -473,8 +472,8 @@ def first_does(action):
 
 
 class Stopper:
-    """Inside, SIGINT and SIGTERM ask to stop after the step in progress; a second one ends at once.
-    So does the death of torchrun, which leaves its workers running."""
+    """Inside, SIGINT, SIGTERM, and the death of torchrun, which leaves its workers running, ask to
+    stop after the step in progress; a second signal ends at once."""
 
     def __enter__(self):
         self.signal = 0
@@ -516,8 +515,7 @@ class Inputs:
 
 
 def learning_rate(step, steps, warmup, peak, shape):
-    """Linear warm-up, then linear or cosine decay. Steps count from 1; it is above 0 at each of
-    them."""
+    """Linear warm-up, then linear or cosine decay; above 0 at each step, counted from 1."""
     if step <= warmup:
         return peak * step / warmup
     progress = (step - 1 - warmup) / (steps - warmup)
@@ -550,8 +548,7 @@ def seed_dropout(*key):
 
 
 def clip_gradients(parameters, max_norm, step, name):
-    """Clip to max_norm -> the norm before. A norm that is not finite stops the run, before anything
-    is overwritten."""
+    """Clip to max_norm -> the norm before. One that is not finite stops the run."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     require_finite(norm, f"gradient norm of the {name}", step)
     return norm.item()
@@ -602,8 +599,7 @@ def count(module):
 
 
 def starting_model(cfg, device, dtype, adapter_name):
-    """What a supervised stage trains: all weights of a model, kept in float32, or an adapter on
-    it."""
+    """What a supervised stage trains: all weights of a model, in float32, or an adapter."""
     torch.manual_seed(cfg.seed)
     if cfg.model:
         model = load_llama(cfg.model, device, dtype if cfg.lora_rank else torch.float32)
@@ -666,8 +662,7 @@ def accumulate(cfg, step, ddp, batch, weight, loss_of):
 # ----------------------------------------------------------------------------------- SFT, reward
 
 def sft(run, inputs, device, dtype):
-    """Supervised fine-tuning: cross-entropy of the demonstrations' responses. Writes a whole
-    model."""
+    """SFT: cross-entropy of the demonstrations' responses. Writes a whole model."""
     cfg = run.cfg
     model = starting_model(cfg, device, dtype, "sft")
     if cfg.lora_rank:
@@ -697,8 +692,7 @@ def sft_loss(ddp, examples):
 
 
 def reward(run, inputs, device, dtype):
-    """Reward model from the SFT model: Bradley-Terry on pairs. Writes a full model, or an
-    adapter."""
+    """Reward model from the SFT model: Bradley-Terry. Writes a full model, or an adapter."""
     cfg = run.cfg
     trunk = starting_model(cfg, device, dtype, "reward")
     if cfg.lora_rank:
@@ -735,8 +729,7 @@ def reward_loss(ddp, pairs):
 
 @torch.no_grad()
 def centre(model, scored):
-    """Only differences of scores are learned: make their mean 0, where the head of the critic
-    starts."""
+    """Only differences of scores are learned: make their mean 0, where the critic starts."""
     model.head.bias -= sum(s["chosen"] + s["rejected"] for s in scored) / (2 * len(scored))
 
 
@@ -799,8 +792,7 @@ def respond(cfg, step, net, inputs):
 
 
 def collect(cfg, step, net, reward_model, inputs, prompts, samples):
-    """Score what this process has sampled -> Rollout of the global batch, the same on every
-    process."""
+    """Score what this process has sampled -> Rollout of the global batch, on every process."""
     local = assess(net, reward_model, prompts, samples.responses, inputs.tokenizer.eos_id,
                    cfg.micro_batch)
     parts = gather(replace(local, sampled_logprobs=pad_right(samples.logprobs)))
@@ -889,8 +881,7 @@ def texts_of(step, rollout, tokenizer):
 
 
 def save_policy(net, folder, base_model):
-    """The trained policy: an adapter (PEFT's files) of base_model, or a whole model -> its
-    folder."""
+    """Write the trained policy: an adapter of base_model, or a whole model -> its folder."""
     if net.policy_adapter:
         save_lora(net.policy, net.policy_adapter, folder, base_model)
     else:
@@ -899,8 +890,7 @@ def save_policy(net, folder, base_model):
 
 
 def evaluation(cfg, inputs, net, reward_model):
-    """Answers to the evaluation instructions before and after PPO, each process a share ->
-    records."""
+    """Answers to the evaluation instructions, before and after PPO, by all processes -> records."""
     mine = inputs.eval_rows[rank()::world_size()]
     records = evaluate(net, reward_model, inputs.tokenizer, mine, cfg.micro_batch,
                        max_new_tokens=cfg.response_len, temperature=cfg.eval_temperature,
