@@ -743,8 +743,7 @@ def ppo(run, inputs, device, dtype):
                                      cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     for trunk in (net.policy, net.critic):
         trunk.checkpoint_activations = cfg.checkpoint_activations
-    trunks = "one trunk" if reward_model.trunk is net.policy else "two trunks"
-    say(f"ppo: {len(inputs.rows)} prompts from {cfg.prompts}; {trunks} in {dtype}; {count(net)}")
+    say(f"ppo: {len(inputs.rows)} prompts from {cfg.prompts}; {count(net)}")
     groups = [{"params": p, "name": name} for name, p in net.groups().items()]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
     parameters = [p for group in groups for p in group["params"]]
