@@ -430,8 +430,8 @@ def instructions(path, form):
 
 
 def command_generate(args):
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise InputError(f"cannot write {args.output}: its folder does not exist")
+    if args.output and (args.output == args.input or not Path(args.output).parent.is_dir()):
+        raise InputError(f"cannot write {args.output}: it is --input, or its folder is missing")
     rows = [{"instruction": args.prompt}]
     if args.input:
         rows = instructions(args.input, args.format)

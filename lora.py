@@ -65,7 +65,7 @@ class LoRALinear(nn.Module):
             return out
         A, B = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
         low = F.linear(F.dropout(x, self.dropout[self.active], self.training), A)          # (.., r)
-        return out + F.linear(low, B) * self.scaling(self.active)
+        return out + F.linear(low * self.scaling(self.active), B)
 
 
 def lora_layers(model, name=None):

@@ -375,7 +375,8 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
     if not prompts:
         return Samples([], [])
     row_ids = range(len(prompts)) if row_ids is None else row_ids
-    u = torch.stack([uniforms(seed, row, max(limits)) for row in row_ids])
+    longest = max(limits)
+    u = torch.stack([uniforms(seed, row, longest) for row in row_ids])
     pick = partial(sample, temperature=temperature, top_p=top_p)
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
     with eval_mode(model):
@@ -392,7 +393,7 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
 def check_generate(model, prompts, limits, temperature, top_p):
     """InputError for what cannot be generated."""
     room = model.config.max_seq_len
-    if not temperature >= 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise InputError(f"got temperature {temperature}, top_p {top_p}: expected at least 0 "
                          "(greedy), and above 0 up to 1")
     for prompt, limit in zip(prompts, limits, strict=True):
