@@ -431,7 +431,7 @@ def instructions(path, form):
 
 def command_generate(args):
     if args.output and (args.output == args.input or not Path(args.output).parent.is_dir()):
-        raise InputError(f"cannot write {args.output}: it is --input, or its folder is missing")
+        raise InputError(f"cannot write {args.output}: it is --input, or its folder does not exist")
     rows = [{"instruction": args.prompt}]
     if args.input:
         rows = instructions(args.input, args.format)

@@ -133,7 +133,8 @@ class ActorCritic(nn.Module):
         if self.critic is not None:
             with adapter(self.critic, self.value_adapter), autocast(self.critic,
                                                                     self.autocast_dtype):
-                stats = stats._replace(values=self.value_head(states_of(self.critic)))
+                states = states_of(self.critic)
+            stats = stats._replace(values=self.value_head(states))           # (the head in float32)
         mask = length_mask(response_lengths, int(response_lengths.max()))                  # (B, R)
         empty = torch.zeros(mask.shape, device=mask.device)
         return TokenStats(*(x if x is None else empty.masked_scatter(mask, x) for x in stats))

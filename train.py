@@ -246,8 +246,6 @@ def parse(argv):
     given = vars(build_parser().parse_args(argv))
     stage, start = given.pop("stage", "all"), given.get("model", "")
     out, redo = given.pop("out", "runs/default" if start else "runs/toy"), given.pop("redo", "")
-    if "reward" in given and stage != "ppo":
-        raise InputError(f"--reward goes with --stage ppo: --stage {stage} would not use it")
     alone = start and stage != "all"       # one stage, from models that other commands have made
     folders = {one: Path(out) if alone else Path(out) / one for one in STAGES}
     named, configs = "ppo" if stage == "all" else stage, {}
@@ -783,10 +781,14 @@ def respond(cfg, step, net, inputs):
     picked = batch_indices(inputs.rows, cfg.rollout_batch, f"{cfg.seed} prompts", step - 1)
     mine = range(rank(), cfg.rollout_batch, world_size())
     prompts = [inputs.rows[picked[i]] for i in mine]
-    with net.acting() as policy:
-        samples = sample_responses(policy, prompts, cfg.response_len, seed=f"{cfg.seed} {step}",
-                                   eos_id=inputs.tokenizer.eos_id, banned_ids=inputs.banned_ids,
-                                   batch_size=cfg.generate_batch, row_ids=mine)
+    try:
+        with net.acting() as policy:
+            samples = sample_responses(
+                policy, prompts, cfg.response_len, seed=f"{cfg.seed} {step}", row_ids=mine,
+                eos_id=inputs.tokenizer.eos_id, banned_ids=inputs.banned_ids,
+                batch_size=cfg.generate_batch)
+    except FloatingPointError as e:
+        raise FloatingPointError(f"step {step}: {e}") from None
     return prompts, samples
 
 

@@ -34,10 +34,13 @@ def steps_done(folder):
 
 
 def wait_for(what, process=None):
-    """Wait until what() is true; a process that ends before is an error."""
-    while not what():
+    """Wait until what() is true; a process that ends before, or hangs, is an error."""
+    for _ in range(12_000):
+        if what():
+            return
         assert process is None or process.exitcode is None, "the process has ended"
-        time.sleep(0.005)
+        time.sleep(0.01)
+    raise AssertionError("two minutes, and nothing happens")
 
 
 def checkpoint_step(folder):
