@@ -3,6 +3,7 @@ be started, and what it leaves behind.
 
 A child is forked, so that it need not import torch again: it is killed like any process.
 """
+import atexit
 import json
 import multiprocessing
 import os
@@ -60,12 +61,13 @@ def fork(action, *arguments, log=os.devnull, **environment):
     process = multiprocessing.get_context("fork").Process(
         target=in_child, args=(action, arguments, log, environment))
     process.start()
+    atexit.register(process.kill)      # (Python would wait for a child that a failed test has left)
     return process
 
 
 def ended(process):
     """Wait for a child -> its exit status; -n if signal n has killed it."""
-    process.join(120)
+    process.join(60)
     if process.exitcode is None:
         process.kill()
         raise AssertionError("the process does not end")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,12 @@ def steps_done(folder):
 
 def wait_for(what, process=None):
     """Wait until what() is true; a process that ends before, or hangs, is an error."""
-    for _ in range(12_000):
+    for _ in range(6_000):
         if what():
             return
         assert process is None or process.exitcode is None, "the process has ended"
         time.sleep(0.01)
-    raise AssertionError("two minutes, and nothing happens")
+    raise AssertionError("a minute, and nothing happens")
 
 
 def checkpoint_step(folder):
@@ -81,6 +82,33 @@ def test_a_signal_finishes_the_step_and_saves_it(tiny, long_run, tmp_path, numbe
     assert f"stopped after step {step}; the same command" in log.read_text()
     train.main(flags)
     same_run(long_run, out)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_ddp_is_gone_before_its_process_group_ends(tiny, tmp_path, monkeypatch, stops):
+    """DistributedDataParallel holds the group. Freed after the group was ended, it joins a thread
+    that may be waiting for Python's lock, which it holds itself: of runs of two processes that were
+    told to stop, up to every second one hung, its checkpoint saved and its folder locked."""
+    made, alive, wrap, destroy = [], [], train.wrap, train.dist.destroy_process_group
+
+    def watched_wrap(*args):
+        ddp = wrap(*args)
+        made.append(weakref.ref(ddp))
+        return ddp
+
+    def watched_destroy():
+        alive.append(made[0]() is not None)
+        destroy()
+
+    monkeypatch.setattr(train, "wrap", watched_wrap)
+    monkeypatch.setattr(train.dist, "destroy_process_group", watched_destroy)
+    if stops:
+        monkeypatch.setattr(train.Stopper, "asked", lambda *_: signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train.main(ppo_flags(tiny, tmp_path / "run"))
+    else:
+        train.main(ppo_flags(tiny, tmp_path / "run", steps=1))
+    assert alive == [False]
 
 
 def test_a_second_signal_ends_at_once(tiny, tmp_path):
@@ -189,8 +217,8 @@ def test_a_run_that_is_killed_again_and_again_continues_to_the_bit(tiny, long_ru
     same_run(long_run, out)
 
 
-@pytest.mark.parametrize("name", ["torch.save", "save_file", "os.replace"])
-@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("name, nth", [("torch.save", 1), ("torch.save", 2), ("save_file", 1),
+                                       ("os.replace", 1), ("os.replace", 2)])
 def test_a_kill_in_the_middle_of_writing_a_file_leaves_the_old_one(tiny, whole_run, tmp_path, name,
                                                                    nth):
     """CHECKS 34. The hardest moments, made to happen: half of a checkpoint or of the weights is
@@ -213,7 +241,7 @@ def dies_in(name, nth, flags):
     original, calls = getattr(module, attribute), itertools.count(1)
 
     def dying(*args, **kwargs):
-        if next(calls) < nth and name != "save_file":        # (weights are saved once)
+        if next(calls) < nth:
             return original(*args, **kwargs)
         if name != "os.replace":
             original(*args, **kwargs)
@@ -259,6 +287,7 @@ def stopped_after(step, flags):
             if next(steps) == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             return asked(self, device)
+
         train.Stopper.asked = told
         train.main(flags)
     return ended(fork(told_to_stop))
@@ -372,7 +401,7 @@ def test_a_call_after_one_that_a_mistake_has_ended(tiny, tmp_path, capsys):
     (tmp_path / "sft" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(SystemExit):
         train.main(flags)
-    assert torch.distributed.is_initialized() and "truncated?" in capsys.readouterr().err
+    assert "truncated?" in capsys.readouterr().err
     shutil.copy(tiny / "sft" / "model.safetensors", tmp_path / "sft")
     train.main(flags)
     assert (tmp_path / "run" / "finished.json").is_file()
@@ -670,7 +699,7 @@ MISTAKES = [       # flags, a.json, what is said
     (["--eval_every=5"], None, "--eval_every needs --eval_data"),
     (["--gamma=nan"], None, "--gamma nan: expected a number"),
     (["--lr=inf"], None, "--lr inf: expected a number"),
-    (["--stage=all"], None, "--reward goes with --stage ppo"),
+    (["--stage=all"], None, "--stage all with --model needs --sft_data"),
     (["--redo=sft"], None, "--redo sft does not go with --stage ppo"),
     ([*SFT, "--max_len=400"], [ROW], "400 tokens .* exceed the 128 positions"),
     (["--prompt_len=120", "--response_len=50"], None, "170 tokens .* exceed the 128 positions"),

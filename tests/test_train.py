@@ -185,7 +185,7 @@ def test_ragged_micro_batches_add_up_to_one_batch(one_process):
         assert (gradient - whole).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("size", [1, 8])
 def test_ppo_does_not_depend_on_the_size_of_micro_batches(tiny, whole_run, tmp_path, size):
     """CHECKS 31. Ragged responses, weighted by their tokens: the same losses, gradients and
     parameters as in micro-batches of 2, but for the order of sums."""
@@ -370,7 +370,7 @@ def test_masks_of_dropout_belong_to_seed_step_epoch_micro_batch_and_process(monk
 def test_dropout_acts_in_the_update_alone(tiny, tmp_path):
     """"Dropout only" is a variant of the paper. Sampling and old_logprobs are without it, so step 1
     still starts at the reference; the update is not: its first ratio is reported, and stands off 1
-    once B is no longer 0."""
+    once B has moved."""
     train.main(ppo_flags(tiny, tmp_path / "ppo", lora_dropout=0.5, regularizer="none", steps=3))
     rows = metrics(tmp_path / "ppo")
     assert rows[0]["kl_per_token"] == 0
