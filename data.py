@@ -125,10 +125,16 @@ def model_eos_ids(folder):
 
 # ----------------------------------------------------------------------------------------- files
 
+def say(text):
+    """One process prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def note(n, what):
-    """Say what has been done to n of the user's rows (once, by the first process)."""
-    if n and os.environ.get("RANK", "0") == "0":
-        print(f"note: {n} {what}", flush=True)
+    """Say what has been done to n of the user's rows."""
+    if n:
+        say(f"note: {n} {what}")
 
 
 def read_rows(path):
@@ -186,7 +192,7 @@ class Pair:
 
 def check_some(rows, path, limit):
     if not rows:
-        raise InputError(f"{path}: no row fits {limit} tokens (and differs there): raise it")
+        raise InputError(f"{path}: no row is left within {limit} tokens: raise it")
 
 
 def load_sft(path, tokenizer, max_len):
@@ -302,6 +308,7 @@ def batch_indices(items, batch_size, seed, step):
 def even_batch_indices(lengths, batch_size, seed, step, blocks=8):
     """batch_indices with rows of similar length in a batch, so that little is padded: blocks of 8
     batches are sorted by length, cut into batches, and the batches shuffled."""
+    blocks = min(blocks, max(1, len(lengths) // batch_size))   # (or a batch would repeat its rows)
     block = batch_indices(lengths, batch_size * blocks, seed, step // blocks)
     block = sorted(block, key=lengths.__getitem__)
     which = permutation(blocks, f"{seed} batches", step // blocks)[step % blocks]

@@ -29,6 +29,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -51,11 +52,7 @@ def outcomes(ours, theirs):
 
 def win_rate(ours, theirs):
     """Mean outcome of paired answers; swapping the sides gives 1 - w."""
-    return mean(outcomes(ours, theirs))
-
-
-def mean(x):
-    return sum(x) / len(x)
+    return fmean(outcomes(ours, theirs))
 
 
 def resample(groups, resamples=1000, seed=0):
@@ -177,9 +174,9 @@ def ppo_settings(folder):
     return run | paths, about["content"]
 
 
-def check_trunk(folder, name, trunk, content):
+def check_weights(folder, name, found, content):
     """InputError if a run was trained on other weights than its --model or --reward holds now."""
-    if fingerprint(trunk) != content[name]:
+    if found != content[name]:
         raise InputError(f"{folder} was trained with other weights than its --{name} holds now: "
                          "train.py --redo ppo")
 
@@ -192,8 +189,9 @@ def load_run(folder, device="cpu", dtype=torch.float32):
     banned_ids = tokenizer.banned_ids(read_model_config(run["model"]).vocab_size)
     net, reward_model = build_models(run["model"], run["reward"], device, dtype, banned_ids,
                                      run["lora_rank"], run["lora_alpha"])
-    check_trunk(folder, "model", net.ref or net.policy, content)
-    check_trunk(folder, "reward", reward_model.trunk, content)
+    judge = fingerprint(reward_model.trunk, reward_model.adapter_name)
+    check_weights(folder, "model", fingerprint(net.ref or net.policy), content)
+    check_weights(folder, "reward", judge, content)
     if net.policy_adapter:
         load_lora(net.policy, net.policy_adapter, folder / "policy")
     else:
@@ -220,8 +218,8 @@ def evaluate(net, reward_model, tokenizer, rows, micro_batch, **settings):
     answers = {"reference": [row["reference"] for row in rows],
                "before": answer(net, prompts, tokenizer, trained=False, **settings),
                "after": answer(net, prompts, tokenizer, **settings)}
-    own = {"prompt", "reference", "output"}
-    records = [{key: row[key] for key in row.keys() - own} for row in rows]
+    own = ("prompt", "reference", "output")
+    records = [{key: row[key] for key in row if key not in own} for row in rows]
     for name, responses in answers.items():
         scores = score_responses(reward_model, prompts, responses, eos_id, micro_batch).tolist()
         for record, ids, score, row in zip(records, responses, scores, rows):
@@ -346,8 +344,7 @@ def mistakes_in_one_line(program):
     """A user's mistake ends the program with one line on stderr and status 2; a bug keeps its
     traceback. What the terminal's encoding lacks is printed as an escape."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except (InputError, OSError) as e:
@@ -383,7 +380,7 @@ def load_answering(folder, adapter=None, tokenizer=None, dtype="auto"):
             adapter, base = adapter or base, run["model"]
     model = load_llama(base, *device_and_dtype(dtype))
     if content and adapter:
-        check_trunk(folder, "model", model, content)
+        check_weights(folder, "model", fingerprint(model), content)
     tokenizer = Tokenizer(tokenizer or base / "tokenizer.model")
     tokenizer.check_model(base, model.config.vocab_size)
     if adapter:

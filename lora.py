@@ -139,7 +139,8 @@ class adapter:
 
 
 def recompute_context(block):
-    """(context of a checkpointed block's forward, of its recomputation); called in the forward."""
+    """(context of a checkpointed block's forward, of its recomputation). Called in the forward; the
+    second is entered in the backward pass, when the `with` of the forward has closed."""
     names = {layer.active for layer in lora_layers(block).values()} - {None}
     return nullcontext(), adapter(block, names.pop() if names else None)
 
@@ -223,7 +224,7 @@ def save_lora(model, name, folder, base_model=""):
 
 
 # keys of adapter_config.json that change nothing here; any other that is set means another adapter
-NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "task_type",
+NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "task_type", "revision",
            "peft_version", "megatron_core", "qalora_group_size", "peft_type", "r", "lora_alpha",
            "lora_dropout", "target_modules", "bias", "init_lora_weights", "eva_config"}
 

@@ -255,12 +255,7 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
     differentiated with respect to the first. Logits are made `max_logits` at a time, and again in
     the backward pass.
 
-    InputError if the head has an adapter, which the backward pass would not find active again.
     """
-    if not isinstance(head, nn.Linear):
-        raise InputError(f"the output layer is a {type(head).__name__}, expected a plain linear "
-                         "layer: an adapter on it can be merged, but PPO does not train it")
-
     def of_some(states, targets, ref_states):
         logits = masked_logits(head, states, banned_mask)                        # (n, V)
         logp = F.log_softmax(logits, dim=-1)
@@ -276,7 +271,7 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
         return TokenStats(taken, entropy, ref_taken, diverged)
 
     n = max(1, max_logits // head.weight.shape[0])
-    ref_states = states if ref is None else ref[1]
+    ref_states = states if ref is None else ref[1]           # (without a ref only to fill a place)
     parts = list(zip(states.split(n), targets.split(n), ref_states.split(n)))
     if torch.is_grad_enabled():
         parts = [checkpoint(of_some, *part, use_reentrant=False) for part in parts]
@@ -305,11 +300,11 @@ def nucleus(probs, top_p):
 
 
 def sample(logits, u, temperature=1.0, top_p=1.0):
-    """Inverse CDF: the first id whose cumulative probability exceeds u * total; temperature 0:
-    argmax.
+    """Inverse CDF: the first id whose cumulative probability exceeds u * total; below a temperature
+    of 0.001: argmax.
 
-    logits (B, V) float32, u (B,) -> ids (B,), and the log-probability of drawing each (B,),
-    nats."""
+    logits (B, V) float32, u (B,) -> ids (B,), and the log-probability of each (B,) at this
+    temperature, before the nucleus is cut out, nats."""
     if temperature < 1e-3:
         return logits.argmax(-1), torch.zeros_like(u)
     probs = torch.softmax(logits / temperature, dim=-1)
@@ -347,11 +342,10 @@ class Samples(NamedTuple):
     logprobs: list        # lists of floats: the log-probability with which each id was drawn, nats
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=2, seed=0,
-             banned_ids=(0, 1), **more):
-    """Sample a continuation of each prompt -> a list of lists of ids. See `sample_responses`."""
-    return sample_responses(model, prompts, max_new_tokens, temperature, top_p, eos_id, seed,
-                            banned_ids, **more).responses
+def generate(model, prompts, max_new_tokens, temperature=1.0, **settings):
+    """Sample a continuation of each prompt -> a list of lists of ids. settings: top_p=1.0,
+    eos_id=2, seed=0, banned_ids=(0, 1) and the others of `sample_responses`, which see."""
+    return sample_responses(model, prompts, max_new_tokens, temperature, **settings).responses
 
 
 @torch.inference_mode()
@@ -494,7 +488,7 @@ class Decoder:
         self.model, self.prompts, self.banned, self.pick = model, prompts, banned, pick
         self.eos_id, self.waiting = eos_id, 0                  # waiting: the next prompt to begin
         self.limits, self.u = torch.tensor(limits, device=device), F.pad(u, (0, 1)).to(device)
-        # the last column takes what ended rows go on saying
+        # (column M is a bin: what ended rows go on saying is written there)
         self.drawn = torch.full((N, M + 1), eos_id, device=device)
         self.logprobs = torch.zeros((N, M + 1), device=device)
         slots = max(len(p) + n for p, n in zip(prompts, limits))
@@ -510,16 +504,16 @@ class Decoder:
         read = Recorded(self.read, self.model.device)
         for step in itertools.count():
             if step % self.LOOK_EVERY == 0:
+                if not torch.isfinite(self.state).all():
+                    raise FloatingPointError("hidden states of the sampling model are not finite")
                 ended = self.done.nonzero()[:, 0]
                 if len(ended) == len(self.done) and self.waiting == len(self.prompts):
                     return self.drawn[:, :-1].tolist(), self.logprobs[:, :-1].tolist()
                 if 8 * len(ended) >= len(self.done):           # fewer are not worth the copying
                     self.replace(ended)
-                if not torch.isfinite(self.state).all():
-                    raise FloatingPointError("hidden states of the sampling model are not finite")
             self.draw()
             read(len(self.done), self.cache.seen)
-            self.longest += 1
+            self.longest += 1                  # an upper bound, without waiting for the GPU
             self.cache.make_visible(self.longest + 1)
 
     def replace(self, ended):
@@ -720,7 +714,7 @@ def hf_config_json(config, dtype):
     """LlamaConfig -> the dictionary of Hugging Face's config.json."""
     sizes = {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes,
-            "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "hidden_act": "silu",
+            "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
             "tie_word_embeddings": config.tie_embeddings, "bos_token_id": 1, "eos_token_id": 2,
             "torch_dtype": str(dtype).removeprefix("torch.")}
 
@@ -785,11 +779,12 @@ def save_llama(model, path, **about):
     write_json(Path(path) / "config.json", config | about)
 
 
-def fingerprint(model):
-    """A short hash of a model's sizes and of 64 numbers of each weight, the same in any dtype."""
+def fingerprint(model, adapter=None):
+    """A short hash of a model's sizes and of 64 numbers of each weight, the same in any dtype; of
+    its adapters only the named one counts."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, p in model.named_parameters():
-        if ".lora_" not in name:
+        if ".lora_" not in name or name.endswith(f".{adapter}"):
             flat = p.detach().flatten()
             n = min(64, flat.numel())          # (places in integers: float32 skips some above 2^24)
             places = torch.arange(n) * (flat.numel() - 1) // max(1, n - 1)

@@ -239,7 +239,8 @@ def average_statistics(table, norms):
         return sum(row[name] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
 
     first = [row for row in table if row["optimizer_step"] == 0]
-    stats = {name: mean(table, name) for name in table[0].keys() - {"optimizer_step", "tokens"}}
+    counts = "optimizer_step", "tokens"
+    stats = {name: mean(table, name) for name in table[0] if name not in counts}
     stats |= {name: sum(n[name] for n in norms) / len(norms) for name in norms[0]}
     stats["ratio_max"] = max(row["ratio_max"] for row in table)
     stats["first_ratio_max"] = max(row["ratio_max"] for row in first)

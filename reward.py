@@ -9,7 +9,7 @@ adapter.
     policy      SFT trunk + "policy"                   SFT trunk + "policy"
     reference   SFT trunk, no adapter                  SFT trunk, no adapter
     reward      reward trunk + reward head             SFT trunk + "reward" + reward head
-    value       reward trunk + "value" + value head    SFT trunk + "value" (once "reward") + head
+    value       reward trunk + "value" + value head    SFT trunk + "value" (a copy of "reward")
 
 Legend   B batch, T tokens, R response tokens, D width, N response tokens of a batch laid end to end
 
@@ -56,7 +56,7 @@ class ScalarHead(nn.Linear):
 
 
 def autocast(model, dtype):
-    """Fully trained models keep float32 weights and compute in `dtype`; adapters need nothing."""
+    """Fully trained models keep float32 weights and compute in `dtype`."""
     if dtype in (None, torch.float32):
         return nullcontext()
     return torch.autocast(model.device.type, dtype)
@@ -178,7 +178,7 @@ def assess(net, reward_model, prompts, responses, eos_id, micro_batch):
             parts.append(Rollout(*packed, finished, scores[index], out.logprobs, out.ref_logprobs,
                                  out.values, out.entropy, out.divergence).to("cpu"))
             order += index
-    return join_rollouts(parts).rows(torch.tensor(order).argsort())
+    return join_rollouts(parts).rows(torch.tensor(order).argsort())      # in the prompts' order
 
 
 # ------------------------------------------------------------------------------- the four models

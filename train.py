@@ -47,13 +47,13 @@ import torch.distributed.nn.functional
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows,
-                  load_preferences, load_prompts, load_sft, micro_batches, pack, permutation,
+                  load_preferences, load_prompts, load_sft, micro_batches, pack, permutation, say,
                   split_by_instruction)
 from eval import (Parser, accuracy_report, device_and_dtype, evaluate, load_run,
                   mistakes_in_one_line, pair_accuracy, report, score_pairs, summarise)
 from lora import add_lora, merge_lora, read_adapter_config, save_lora
 from model import (InputError, Llama, LlamaConfig, fingerprint, keyed_seed, load_llama, read_json,
-                   pad_right, read_model_config, read_text, sample_responses, save_llama,
+                   pad_right, read_model_config, sample_responses, save_llama,
                    whole_file, write_json, writing)
 from ppo import (average_statistics, check_first_step, join_rollouts, masked_mean, policy_loss,
                  rollout_statistics, value_loss, with_advantages)
@@ -165,8 +165,8 @@ class PPOConfig(Common):
         allowed = SAMPLED if self.regularizer_mode == "reward" else EXACT
         if self.regularizer not in ("none", *allowed):
             raise InputError(f"--regularizer {self.regularizer} with --regularizer_mode "
-                             f"{self.regularizer_mode}: the reward takes one-sample penalties, the "
-                             f"loss exact divergences, here one of {', '.join(allowed)}")
+                             f"{self.regularizer_mode}: the reward takes one-sample penalties, "
+                             f"the loss exact divergences; here one of {', '.join(allowed)}")
         if self.eval_every and not self.eval_data:
             raise InputError("--eval_every needs --eval_data: there is nothing to evaluate on")
 
@@ -233,7 +233,7 @@ def build_parser():
     for name, by_stage in flags.items():
         f = list(by_stage.values())[-1]
         toy = {stage: TOY[stage][f.name] for stage in by_stage if f.name in TOY[stage]}
-        about = f"{f.metadata['help']} (default: {f.default!r}" + (f"; toy: {toy})" if toy else ")")
+        about = f"{f.metadata['help']} (default: {f.default!r}; toy world: {toy or 'the same'})"
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
@@ -252,6 +252,7 @@ def parse(argv):
     for one in STAGES if stage == "all" else [stage]:
         values = {"tokenizer": f"{start}/tokenizer.model"} if start else dict(TOY[one])
         for f in fields(STAGES[one]):
+            # plain --lr is the named stage's; --epochs, which PPO lacks, is every other stage's
             mine = one == named or f.name not in OWN or not hasattr(STAGES[named], f.name)
             if f.name in given and mine:
                 values[f.name] = given[f.name]
@@ -265,8 +266,9 @@ def parse(argv):
             if not values.get(name):
                 raise InputError(f"--stage {stage} with --model needs --{name}")
         configs[one] = STAGES[one](**values)
-    if redo and {"eval": "ppo"}.get(redo, redo) not in configs:
-        raise InputError(f"--redo {redo} does not go with --stage {stage}")
+    missing = {"eval": "ppo"}.get(redo, redo) not in configs
+    if redo and missing or redo == "eval" and not configs["ppo"].eval_data:
+        raise InputError(f"--redo {redo} does not go with --stage {stage}, or lacks --eval_data")
     return Command(stage, redo, out, start, folders, configs)
 
 
@@ -304,19 +306,22 @@ class Run:
         if before.get("stage") != self.stage:
             raise InputError(f"{self.folder} holds something that is not a run of stage "
                              f"{self.stage}: choose another --out")
-        other = [f"{name} {before.get(name)!r} (now {value!r})"
-                 for name, value in self.settings.items()
-                 if name not in PATHS and before.get(name) != value]
+        other = []
+        for name, value in self.settings.items():
+            was = before.get(name)
+            may_move = name in PATHS and not (self.finished and name in ("model", "reward"))
+            if bool(was) != bool(value) or was != value and not may_move:
+                other.append(f"{name} {was!r} (now {value!r})")
         other += [f"other content of {name}" for name, value in self.content.items()
                   if content.get(name, value) != value]
         if other and not redone:
             raise InputError(f"{self.folder} was made with {', '.join(other)}: give the same, "
                              f"another --out, or --redo {self.stage}")
 
-    def resume(self, parameters, optimizer, **models):
-        """Continue from the checkpoint, or begin -> the step that was taken last. models: what the
-        stage starts from, by the setting that names it."""
-        self.content |= {name: fingerprint(model) for name, model in models.items()}
+    def resume(self, parameters, optimizer, **fingerprints):
+        """Continue from the checkpoint, or begin -> the step that was taken last. fingerprints: of
+        the models that the stage starts from, by the setting that names them."""
+        self.content |= fingerprints
         first_does(self.check)
         step = self.restore(parameters, optimizer)
         if len(set(gather(step))) > 1:
@@ -332,7 +337,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "config.json", {"run": self.settings, "content": self.content})
         for path in self.folder.glob("*.jsonl"):
-            lines = read_text(path).split("\n")[:-1]       # (the last one is empty, or half a line)
+            text = path.read_bytes().decode("utf-8", "replace")
+            lines = text.split("\n")[:-1]                  # (the last one is empty, or half a line)
             with whole_file(path) as temporary:
                 kept = [line for line in lines if line and json.loads(line)["step"] <= step]
                 temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -370,7 +376,6 @@ class Run:
         if number:
             say(f"stopped after step {step}; the same command, without --redo, continues "
                 f"{self.folder}")
-            dist.destroy_process_group()
             sys.exit(128 + number)
 
     def finish(self, save_result, tokenizer, **summary):
@@ -422,12 +427,6 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(text):
-    """One process prints."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
 def start_processes():
     """Join the processes that torchrun started (or be the only one) -> this process's device."""
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -436,8 +435,6 @@ def start_processes():
     settings = {"backend": "gloo", "timeout": timedelta(hours=2)}
     if gpus >= here and dist.is_nccl_available():
         settings |= {"backend": "nccl", "device_id": torch.device("cuda", local)}
-    elif gpus:
-        say(f"note: {here} processes share {gpus} GPU (--nproc_per_node={gpus}: one for each)")
     if world_size() == 1:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if dist.is_initialized():                               # by an earlier call, ended by a mistake
@@ -471,7 +468,8 @@ def first_does(action):
 
 class Stopper:
     """Inside, SIGINT, SIGTERM, and the death of torchrun, which leaves its workers running, ask to
-    stop after the step in progress; a second signal ends at once."""
+    stop after the step in progress; a second signal ends at once. (Where a step outlasts the 30
+    seconds that torchrun waits, the last checkpoint counts: --save_every.)"""
 
     def __enter__(self):
         self.signal = 0
@@ -504,7 +502,7 @@ class Stopper:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage reads before the first process starts."""
+    """What a stage reads, in each process, before the processes join."""
     tokenizer: Tokenizer
     banned_ids: list
     rows: list            # Examples, Pairs, or prompts as ids
@@ -619,7 +617,7 @@ def supervised(run, module, trunk, items, weight, loss_of, device):
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch))
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0,
                                   fused=True)
-    first = run.resume(parameters, optimizer, model=trunk)
+    first = run.resume(parameters, optimizer, model=fingerprint(trunk))
     start, shown, lengths = time.time(), [], [len(item) for item in items]
     pick = even_batch_indices if run.stage == "reward" else batch_indices
     with Stopper() as stopper:
@@ -663,10 +661,7 @@ def sft(run, inputs, device, dtype):
     """SFT: cross-entropy of the demonstrations' responses. Writes a whole model."""
     cfg = run.cfg
     model = starting_model(cfg, device, dtype, "sft")
-    if cfg.lora_rank:
-        net = ActorCritic(model, "sft")
-    else:
-        net = ActorCritic(model, autocast_dtype=dtype)
+    net = ActorCritic(model, "sft" if cfg.lora_rank else None, autocast_dtype=dtype)
     say(f"sft: {len(inputs.rows)} demonstrations from {cfg.sft_data}; {count(net)}")
     steps, seconds = supervised(run, net, model, inputs.rows, lambda e: len(e.response), sft_loss,
                                 device)
@@ -693,11 +688,9 @@ def reward(run, inputs, device, dtype):
     """Reward model from the SFT model: Bradley-Terry. Writes a full model, or an adapter."""
     cfg = run.cfg
     trunk = starting_model(cfg, device, dtype, "reward")
-    if cfg.lora_rank:
-        model = RewardModel(trunk, "reward")
-    else:
+    model = RewardModel(trunk, "reward" if cfg.lora_rank else None, autocast_dtype=dtype)
+    if not cfg.lora_rank:
         trunk.output = None
-        model = RewardModel(trunk, autocast_dtype=dtype)
     say(f"reward: {len(inputs.rows)} pairs from {cfg.preference_data}, {len(inputs.held_out)} held "
         f"out; {count(model)}")
     steps, seconds = supervised(run, model, trunk, inputs.rows, lambda p: 1, reward_loss, device)
@@ -745,8 +738,8 @@ def ppo(run, inputs, device, dtype):
     groups = [{"params": p, "name": name} for name, p in net.groups().items()]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
     parameters = [p for group in groups for p in group["params"]]
-    first = run.resume(parameters, optimizer, model=net.ref or net.policy,
-                       reward=reward_model.trunk)
+    first = run.resume(parameters, optimizer, model=fingerprint(net.ref or net.policy),
+                       reward=fingerprint(reward_model.trunk, reward_model.adapter_name))
     ddp, start = wrap(net, device).eval(), time.time()
     with Stopper() as stopper:
         for step in range(first + 1, cfg.steps + 1):
@@ -772,8 +765,8 @@ def ppo(run, inputs, device, dtype):
                 records["evals"] = [{"step": step} | summary]
             run.end_step(step, parameters, optimizer, stopper, **records)
     check_same_parameters(parameters)
-    run.finish(lambda: save_policy(net, run.folder / "policy", cfg.model), inputs.tokenizer,
-               steps=cfg.steps, seconds=time.time() - start)
+    run.finish(lambda: save_policy(net, run.folder / "policy", cfg.model, inputs.tokenizer),
+               inputs.tokenizer, steps=cfg.steps, seconds=time.time() - start)
 
 
 def respond(cfg, step, net, inputs):
@@ -797,6 +790,7 @@ def collect(cfg, step, net, reward_model, inputs, prompts, samples):
     local = assess(net, reward_model, prompts, samples.responses, inputs.tokenizer.eos_id,
                    cfg.micro_batch)
     parts = gather(replace(local, sampled_logprobs=pad_right(samples.logprobs)))
+    # row i of the batch was sampled by process i % world_size, as its row i // world_size
     order = [i % world_size() * len(prompts) + i // world_size() for i in range(cfg.rollout_batch)]
     rollout = join_rollouts(parts).rows(torch.tensor(order))
     for name in ("logprobs", "ref_logprobs", "values", "scores", "kl"):
@@ -872,7 +866,7 @@ def step_line(row, steps, left):
 def texts_of(step, rollout, tokenizer):
     """Four prompts and responses of a rollout, with their scores, for people to read."""
     texts = []
-    for i in range(min(4, len(rollout.tokens))):
+    for i in range(len(rollout.tokens[:4])):
         row = rollout.rows([i])
         ids, begin = row.tokens[0].tolist(), int(row.prompt_lengths)
         texts.append({"step": step, "score": row.scores.item(),
@@ -881,12 +875,12 @@ def texts_of(step, rollout, tokenizer):
     return texts
 
 
-def save_policy(net, folder, base_model):
+def save_policy(net, folder, base_model, tokenizer):
     """Write the trained policy: an adapter of base_model, or a whole model -> its folder."""
     if net.policy_adapter:
         save_lora(net.policy, net.policy_adapter, folder, base_model)
     else:
-        save_llama(net.policy, folder)
+        save_llama(net.policy, folder, eos_token_id=tokenizer.eos_id)
     return folder
 
 
@@ -943,9 +937,8 @@ def check_processes(cfg):
     for name in ("batch", "minibatch", "rollout_batch"):
         n = getattr(cfg, name, 0)
         if n % world_size():
-            fitting = math.ceil(n / world_size()) * world_size()
-            raise InputError(f"--{name} {n} does not split over {world_size()} processes: try "
-                             f"{fitting}")
+            raise InputError(f"--{name} {n} does not split over the processes: give a multiple of "
+                             f"{world_size()}")
 
 
 def evaluation_settings(cfg):
@@ -991,7 +984,7 @@ def carry_out(command):
             set_aside(command.folders[stage])
         if evaluating:
             set_aside(runs["ppo"].folder / "eval.json")
-        if not Path(command.out).exists():            # it is what was renamed
+        if not Path(command.out).exists():            # --out itself was set aside
             held.append(hold(Path(command.out)))
 
     try:
@@ -1012,16 +1005,21 @@ def carry_out(command):
 
 
 def main(argv=None):
-    started = time.time()
+    started, status = time.time(), 0
     with mistakes_in_one_line("train.py"):
         command = parse(sys.argv[1:] if argv is None else argv)
         try:
             carry_out(command)
+            say(f"done in {clock(time.time() - started)}: {command.out}")
+        except SystemExit as stop:
+            status = stop.code
         except FloatingPointError as e:      # (of any one process: torchrun stops the others)
             print(f"train.py: stopped: {e}", file=sys.stderr)
-            sys.exit(1)
-        say(f"done in {clock(time.time() - started)}: {command.out}")
-        dist.destroy_process_group()
+            status = 1
+    # only now: a DistributedDataParallel that outlives its group can wait for ever for its threads
+    dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

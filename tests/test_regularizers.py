@@ -67,7 +67,7 @@ def penalty_of_every_token(name, logits, ref_logits):
     ("squared_error",        (0.784708, 0.082201, 1.295145)),     # 1.252763^2 / 2, ...
     ("bregman",              (0.538477, 0.094535, 2.390562)),     # 2/7 - 1 + 1.252763, ..
     ("bregman_paper",        (1.247237, 0.072132, 0.809438)),     # 7/2 - 1 - 1.252763, ..
-    ("jensen_shannon",       (0.105069, 0.025169, 0.727758)),     # (2/7 log(.2/.45)+log(.7/.45))/2, ..
+    ("jensen_shannon",       (0.105069, 0.025169, 0.727758)),   # (2/7 log(.2/.45) + log(..))/2, ..
     ("jensen_shannon_paper", (0.220916, 0.091161, 0.255413)),     # log(.7/.45)/2, log(.3/.25)/2, ..
 ])
 def test_sampled_penalties_of_three_tokens_by_hand(name, expected):

@@ -16,6 +16,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import numpy
 import torch
@@ -23,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import read_rows  # noqa: E402
-from eval import (SYSTEMS, Parser, groups_of, judge, mean, mistakes_in_one_line,  # noqa: E402
+from eval import (SYSTEMS, Parser, groups_of, judge, mistakes_in_one_line,  # noqa: E402
                   outcomes, ppo_settings, ratio_with_error, summarise, with_se)
 from model import InputError, read_json  # noqa: E402
 
@@ -155,7 +156,7 @@ def over_seeds(results):
     if not results:
         return UNKNOWN
     values, K = torch.tensor([r["value"] for r in results], dtype=torch.float64), len(results)
-    prompts, seeds, quantile = mean([r["se"] ** 2 for r in results]), 0.0, 1.96
+    prompts, seeds, quantile = fmean([r["se"] ** 2 for r in results]), 0.0, 1.96
     if K > 1:
         seeds = values.var().item() / K
     if seeds > 0:
@@ -269,7 +270,7 @@ def series(runs, x, y):
     points = []
     for step in sorted(set.intersection(*map(set, curves))):
         rows = [curve[step] for curve in curves]
-        at = step if x == "step" else mean([row[x]["value"] for row in rows])
+        at = step if x == "step" else fmean([row[x]["value"] for row in rows])
         points.append((at, over_seeds([row.get(y, UNKNOWN) for row in rows])))
     return points
 
