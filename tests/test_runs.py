@@ -374,6 +374,20 @@ def test_a_run_does_not_continue_on_another_trunk(tiny, tmp_path, capsys):
     train.main(flags)
 
 
+def test_a_run_does_not_continue_with_another_reward_adapter(tiny, tmp_path, capsys):
+    """On one trunk the reward model is an adapter: trained again on the same trunk it is another
+    judge, and the rest of the run would maximise something else than its beginning."""
+    shutil.copytree(tiny / "reward_adapter", tmp_path / "reward")
+    flags = ppo_flags(tiny, tmp_path / "run", reward=tmp_path / "reward")
+    assert stopped_after(2, flags) == 143
+    weights = tmp_path / "reward" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    save_file({k: t * 1.5 for k, t in load_file(weights).items()}, weights)
+    assert "was made with other content of reward" in one_line(capsys, flags)
+    weights.write_bytes(whole)
+    train.main(flags)
+
+
 # --------------------------------------------------------------------------------------- one writer
 
 def test_a_run_folder_is_one_commands_at_a_time(tiny, tmp_path, capsys):
