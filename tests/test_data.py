@@ -275,7 +275,7 @@ def test_sft_rows_become_prompt_and_answer_with_eos(small, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"note: 1 rows of {file} are longer than --max_len {room} and lose their tail\n" in said
     assert f"note: 1 rows of {file} are left out: their prompts fill --max_len\n" in said
-    with pytest.raises(InputError, match="no row fits --max_len 3"):
+    with pytest.raises(InputError, match="no row is left within --max_len 3"):
         load_sft(file, tokenizer, 3)
 
 
@@ -321,7 +321,7 @@ def test_pairs_that_lose_their_tail_or_their_difference_are_counted_aloud(small,
     said = capsys.readouterr().out
     assert f"note: 1 pairs of {file} have an answer beyond --max_len {room}" in said
     assert f"note: 2 pairs of {file} are left out: alike within --max_len {room}" in said
-    with pytest.raises(InputError, match="no row fits --max_len 3"):
+    with pytest.raises(InputError, match="no row is left within --max_len 3"):
         load_preferences(file, tokenizer, 3)
 
 
@@ -358,7 +358,7 @@ def test_prompts_over_the_limit_are_dropped_and_counted(small, tmp_path, capsys)
     said = f"note: 1 prompts of {file} are longer than --prompt_len {limit} and are dropped\n"
     assert capsys.readouterr().out == said
     assert len(load_prompts(file, tokenizer, 1000)) == 3 and capsys.readouterr().out == ""
-    with pytest.raises(InputError, match="no row fits --prompt_len 3"):
+    with pytest.raises(InputError, match="no row is left within --prompt_len 3"):
         load_prompts(file, tokenizer, 3)
 
 

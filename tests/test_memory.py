@@ -241,7 +241,7 @@ def test_the_memory_estimate_is_the_resident_size_within_a_tenth(rows, more, siz
     """A PPO step in a process whose C library hands freed memory back (it keeps fragments
     otherwise), against the estimate. (oneDNN keeps some 60 MB for bfloat16: of fewer rows that
     would be more than a tenth.)"""
-    if "--dtype=bfloat16" in more and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if "--dtype=bfloat16" in more and not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this processor has no bfloat16 for oneDNN: one step would take minutes")
     flags = ["--stage=ppo", f"--model={size_m / 'sft'}", f"--reward={size_m / 'reward'}",
              f"--prompts={size_m / 'prompts.json'}", f"--out={tmp_path / 'out'}", "--steps=1",

@@ -691,7 +691,7 @@ def test_help_shows_every_setting_with_its_default(capsys):
         train.main(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and all(f"--{name}" in out for name in FIELDS)
-    assert "rollout batches (default: 781; toy: {'ppo': 80})" in out
+    assert "rollout batches (default: 781; toy world: {'ppo': 80})" in out
 
 
 # ----------------------------------------------------------------------------------------- mistakes

@@ -120,6 +120,7 @@ def test_any_process_says_why_it_stops(tiny, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "ppo", broken)
     monkeypatch.setattr(train, "start_processes", lambda: "cpu")
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(train, "first_does", lambda action: None)
     for rank in "01":
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -301,7 +302,7 @@ def test_frozen_weights_are_compared_before_training_too(monkeypatch, one_proces
 def test_a_batch_that_does_not_split_over_the_processes_is_refused(monkeypatch):
     """Unequal shares would weigh sequences differently from one process to the next."""
     monkeypatch.setattr(train, "world_size", lambda: 3)
-    with pytest.raises(InputError, match="--minibatch 128 does not split over 3 .*: try 129"):
+    with pytest.raises(InputError, match="--minibatch 128 does not split over .*: give a multiple of 3"):
         train.check_processes(train.PPOConfig())
 
 
