@@ -78,8 +78,7 @@ def layers_with(model, name):
     """lora_layers; InputError if no layer holds that adapter."""
     layers = lora_layers(model, name)
     if not layers:
-        have = sorted({held for layer in lora_layers(model).values() for held in layer.lora_A})
-        raise InputError(f"no adapter called {name}: the model has {', '.join(have) or 'none'}")
+        raise InputError(f"the model has no adapter called {name}")
     return layers
 
 

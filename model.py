@@ -193,13 +193,12 @@ class Llama(nn.Module):
     def hidden(self, tokens, cache=None):
         """tokens (B, T) int64 -> (B, T, D), after the final norm.
 
-        With a cache: right-padded prompts, or, when decoding, one new token per row (see
-        KVCache)."""
+        With a cache: the tokens that it has been told to expect."""
         c = self.config
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]          # (1, T)
         else:
-            positions = cache.begin(tokens)                                                # (B, T)
+            positions = cache.positions                                                    # (B, T)
         x = self.tok_embeddings(tokens)
         cos, sin = rope_angles(positions[:, None], c.head_dim, c.rope_theta)      # (.., 1, T, d/2)
         for i, layer in enumerate(self.layers):
@@ -245,6 +244,33 @@ class TokenStats(NamedTuple):
     values: Tensor | None = None  # (N,) of the states that predict the tokens, if there is a critic
 
 
+class FrozenHeadLogprobs(torch.autograd.Function):
+    """log softmax(W h)[target] of states h (N, D), for a head W (V, D) that does not train: its
+    gradient is found on the way.
+
+        d logp[target] / dh = W[target] - sum_v p_v W_v = (onehot - p) W
+
+    What is kept for the backward pass is (N, D); no logits (N, V) are kept, or made twice."""
+
+    @staticmethod
+    def forward(ctx, states, targets, head, banned_mask, n):
+        logprobs, slopes = [], []
+        for h, target in zip(states.split(n), targets.split(n)):
+            taken = torch.arange(len(h), device=h.device), target
+            logp = F.log_softmax(masked_logits(head, h, banned_mask), dim=-1)    # (n, V)
+            logprobs.append(logp[taken])
+            p = logp.exp_()
+            p[taken] -= 1
+            slopes.append(p.to(h.dtype) @ head.weight)                           # (n, D), of -logp
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        slopes, = ctx.saved_tensors
+        return -grad[:, None].to(slopes.dtype) * slopes, None, None, None, None
+
+
 def response_logprobs(head, states, targets, banned_mask=None, ref=None, divergence=None,
                       max_logits=MAX_LOGITS):
     """Log-probability and entropy of each target, and what the reference says of it -> TokenStats.
@@ -252,10 +278,14 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
     head: the output layer. states (N, D) predict the targets (N,). banned_mask (V,) bool: ids that
     the sampler never draws; the same ban applies here, or PPO's ratio would not be 1. ref: (head,
     states) of the frozen reference. divergence: function of both logits (n, V) -> (n,),
-    differentiated with respect to the first. Logits are made `max_logits` at a time, and again in
-    the backward pass.
-
+    differentiated with respect to the first. Logits are made `max_logits` at a time and not
+    kept: a head that trains, or a divergence, makes them again in the backward pass.
     """
+    n = max(1, max_logits // head.weight.shape[0])
+    if torch.is_grad_enabled() and ref is None and not head.weight.requires_grad:
+        logprobs = FrozenHeadLogprobs.apply(states, targets, head, banned_mask, n)
+        return TokenStats(logprobs, None, None, None)
+
     def of_some(states, targets, ref_states):
         logits = masked_logits(head, states, banned_mask)                        # (n, V)
         logp = F.log_softmax(logits, dim=-1)
@@ -270,7 +300,6 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
             diverged = divergence(logits, ref_logits)
         return TokenStats(taken, entropy, ref_taken, diverged)
 
-    n = max(1, max_logits // head.weight.shape[0])
     ref_states = states if ref is None else ref[1]           # (without a ref only to fill a place)
     parts = list(zip(states.split(n), targets.split(n), ref_states.split(n)))
     if torch.is_grad_enabled():
@@ -319,10 +348,10 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
     return ids[:, 0], probs.gather(1, ids)[:, 0].log()
 
 
-def pad_right(rows, fill=0):
-    """Lists of ids of any lengths -> (B, T) int64; masks decide, not the fill."""
+def pad_right(rows):
+    """Lists of numbers of any lengths -> (B, T), padded with zeros: only masks decide."""
     width = max(map(len, rows))
-    return torch.tensor([list(row) + [fill] * (width - len(row)) for row in rows])
+    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
 
 
 @contextmanager
@@ -375,13 +404,7 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
     with eval_mode(model):
         size = batch_size or len(prompts)
-        drawn, logprobs = Decoder(model, prompts, limits, u, banned, pick, eos_id, size).run()
-    responses, said = [], []
-    for ids, row, limit in zip(drawn, logprobs, limits):
-        n = ids.index(eos_id) + 1 if eos_id in ids[:limit] else limit
-        responses.append(ids[:n])
-        said.append(row[:n])
-    return Samples(responses, said)
+        return Decoder(model, prompts, limits, u, banned, pick, eos_id, size).run()
 
 
 def check_generate(model, prompts, limits, temperature, top_p):
@@ -404,21 +427,20 @@ class KVCache:
         self.k, self.v = [], []  # per layer (B, K, slots, d), allocated by the first prompts
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)      # (B,) tokens stored
         self.seen = 0            # S: no row that decodes reads more slots
-        self.prompts_of = None   # the rows whose prompts are coming in; None: each row's next token
 
-    def begin(self, tokens):
-        """Where the tokens (b, T) that come now belong -> their positions (b, T)."""
-        device = tokens.device
-        if self.prompts_of is not None:
-            self.rows, self.mask = self.prompts_of, None
-            self.positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        else:
-            self.rows = torch.arange(len(tokens), device=device)
-            self.positions = self.lengths[:, None]
-            unseen = torch.arange(self.seen, device=device) > self.positions                # (B, S)
-            mask = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=device)
-            self.mask = mask.masked_fill(unseen, -math.inf)[:, None, None]            # (B, 1, 1, S)
-        return self.positions
+    def expect_prompts(self, rows, width):
+        """Right-padded prompts come next, of `width` tokens, into these rows (b,)."""
+        self.rows, self.mask = rows, None
+        self.positions = torch.arange(width, device=rows.device).expand(len(rows), -1)   # (b, T)
+
+    def expect_next(self):
+        """One token comes next for each row, at its own position."""
+        device = self.lengths.device
+        self.rows = torch.arange(len(self.lengths), device=device)
+        self.positions = self.lengths[:, None]                                            # (B, 1)
+        unseen = torch.arange(self.seen, device=device) > self.positions                  # (B, S)
+        mask = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=device)
+        self.mask = mask.masked_fill(unseen, -math.inf)[:, None, None]              # (B, 1, 1, S)
 
     def attend(self, layer, q, k, v):
         """Store k, v (b, K, T, d) of a layer; q (b, H, T, d) attends to all that its row holds."""
@@ -488,19 +510,19 @@ class Decoder:
         self.model, self.prompts, self.banned, self.pick = model, prompts, banned, pick
         self.eos_id, self.waiting = eos_id, 0                  # waiting: the next prompt to begin
         self.limits, self.u = torch.tensor(limits, device=device), F.pad(u, (0, 1)).to(device)
-        # (column M is a bin: what ended rows go on saying is written there)
-        self.drawn = torch.full((N, M + 1), eos_id, device=device)
+        # (column M and what stands behind a row's end are what ended rows go on saying)
+        self.drawn = torch.zeros((N, M + 1), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((N, M + 1), device=device)
+        self.count = torch.zeros_like(self.limits)             # (N,) ids drawn for each prompt
         slots = max(len(p) + n for p, n in zip(prompts, limits))
         self.cache = KVCache(B, slots, device)
         self.state = model.norm.weight.new_zeros(B, model.config.dim)     # (B, D): what comes next
         self.which = torch.zeros(B, dtype=torch.int64, device=device)     # (B,) prompt of each row
-        self.count = torch.zeros_like(self.which)                         # (B,) ids drawn so far
         self.last = torch.zeros_like(self.which)                          # (B,) the id drawn last
         self.done = torch.ones(B, dtype=torch.bool, device=device)        # (B,)
 
     def run(self):
-        """-> ids and log-probabilities, a list for each prompt; behind a row's end stands EOS."""
+        """-> Samples."""
         read = Recorded(self.read, self.model.device)
         for step in itertools.count():
             if step % self.LOOK_EVERY == 0:
@@ -508,13 +530,16 @@ class Decoder:
                     raise FloatingPointError("hidden states of the sampling model are not finite")
                 ended = self.done.nonzero()[:, 0]
                 if len(ended) == len(self.done) and self.waiting == len(self.prompts):
-                    return self.drawn[:, :-1].tolist(), self.logprobs[:, :-1].tolist()
+                    break
                 if 8 * len(ended) >= len(self.done):           # fewer are not worth the copying
                     self.replace(ended)
             self.draw()
-            read(len(self.done), self.cache.seen)
             self.longest += 1                  # an upper bound, without waiting for the GPU
-            self.cache.make_visible(self.longest + 1)
+            self.cache.make_visible(self.longest)
+            read(len(self.done), self.cache.seen)
+        counts = self.count.tolist()
+        return Samples([row[:n] for row, n in zip(self.drawn.tolist(), counts)],
+                       [row[:n] for row, n in zip(self.logprobs.tolist(), counts)])
 
     def replace(self, ended):
         """Begin the next prompts in the rows `ended`; drop those for which there is none."""
@@ -524,38 +549,38 @@ class Decoder:
         if n < len(ended):
             rest = (~self.done).nonzero()[:, 0]
             self.cache.keep(rest)
-            for name in ("state", "which", "count", "last", "done"):
+            for name in ("state", "which", "last", "done"):
                 setattr(self, name, getattr(self, name)[rest])
         self.longest = int(self.cache.lengths.max())
-        self.cache.make_visible(self.longest + 1)
 
     def begin(self, rows):
         """Run the next prompts through the model, into these rows (b,) of the cache."""
         prompts = self.prompts[self.waiting:self.waiting + len(rows)]
         lengths = torch.tensor([len(p) for p in prompts], device=rows.device)
         numbers = torch.arange(len(rows), device=rows.device)
-        self.cache.prompts_of = rows
-        states = self.model.hidden(pad_right(prompts).to(rows.device), self.cache)       # (b, T, D)
-        self.cache.prompts_of = None
+        tokens = pad_right(prompts).to(rows.device)                                      # (b, T)
+        self.cache.expect_prompts(rows, tokens.shape[1])
+        states = self.model.hidden(tokens, self.cache)                                   # (b, T, D)
         self.cache.lengths[rows] = lengths
         self.state[rows] = states[numbers, lengths - 1]
         self.which[rows] = self.waiting + numbers
-        self.count[rows], self.done[rows] = 0, False
+        self.done[rows] = False
         self.waiting += len(rows)
 
     def draw(self):
         """Draw one id in every row."""
         logits = masked_logits(self.model.output, self.state, self.banned)                # (B, V)
-        ids, logprobs = self.pick(logits, self.u[self.which, self.count])
-        place = self.count.masked_fill(self.done, self.drawn.shape[1] - 1)
+        place = self.count[self.which]
+        ids, logprobs = self.pick(logits, self.u[self.which, place])
         self.drawn[self.which, place] = ids
         self.logprobs[self.which, place] = logprobs
         self.last.copy_(ids)
-        self.count += ~self.done
-        self.done |= (ids == self.eos_id) | (self.count == self.limits[self.which])
+        self.count[self.which] += ~self.done
+        self.done |= (ids == self.eos_id) | (place + 1 == self.limits[self.which])
 
     def read(self):
         """What the model makes of the ids drawn last (an ended row's next writes over it)."""
+        self.cache.expect_next()
         self.state.copy_(self.model.hidden(self.last[:, None], self.cache)[:, 0])
         self.cache.lengths += ~self.done
 
@@ -609,6 +634,7 @@ def save_weights(tensors, path):
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)             # (safetensors lets nobody but the owner read its files)
 
 
 def read_text(path):
@@ -652,11 +678,6 @@ def tensor_readers(path):
         raise InputError(f"{path} is no safetensors file ({e}): truncated?") from None
 
 
-def read_tensors(path):
-    """The tensors of a safetensors file, by name."""
-    return {name: read() for name, read in tensor_readers(path).items()}
-
-
 def weight_readers(path):
     """All weights of a Hugging Face folder, in one file or in shards: their name -> reader."""
     path = Path(path)
@@ -679,7 +700,8 @@ def read_model_config(path):
                          "MODEL OUT --adapter ADAPTER makes one")
     if not (path / "config.json").is_file():
         raise InputError(f"{path} holds no model: expected config.json and model.safetensors "
-                         "(of Meta's params.json and *.pth tools/convert.py makes them)")
+                         "(of Meta's params.json and *.pth tools/convert.py makes them; what PPO "
+                         "has made is in a run's folder ppo)")
     return hf_config(read_json(path / "config.json"), path / "config.json")
 
 

@@ -228,6 +228,12 @@ def rollout_statistics(rollout):
     return {name: x.item() for name, x in stats.items()}
 
 
+def token_mean(rows, name):
+    """Mean of a statistic over rows (of micro-batches), each of which counts for its "tokens"."""
+    pairs = [(row[name], row["tokens"]) for row in rows]
+    return sum(x * n for x, n in pairs) / sum(n for _, n in pairs)
+
+
 def average_statistics(table, norms):
     """Of one update: means over all tokens, gradient norms over the optimiser steps -> {name:
     number}.
@@ -235,17 +241,14 @@ def average_statistics(table, norms):
     table: a row per micro-batch: its "optimizer_step", its number of "tokens" and its statistics.
     ratio_max is a maximum; first_..: of the first optimiser step, before which nothing has
     moved."""
-    def mean(rows, name):
-        return sum(row[name] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
-
     first = [row for row in table if row["optimizer_step"] == 0]
     counts = "optimizer_step", "tokens"
-    stats = {name: mean(table, name) for name in table[0] if name not in counts}
+    stats = {name: token_mean(table, name) for name in table[0] if name not in counts}
     stats |= {name: sum(n[name] for n in norms) / len(norms) for name in norms[0]}
     stats["ratio_max"] = max(row["ratio_max"] for row in table)
     stats["first_ratio_max"] = max(row["ratio_max"] for row in first)
-    stats["first_ratio_mean"] = mean(first, "ratio_mean")
-    stats["first_clip_frac"] = mean(first, "clip_frac")
+    stats["first_ratio_mean"] = token_mean(first, "ratio_mean")
+    stats["first_clip_frac"] = token_mean(first, "clip_frac")
     stats["optimizer_steps"] = len(norms)
     return stats
 

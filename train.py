@@ -37,6 +37,7 @@ import sys
 import time
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ from model import (InputError, Llama, LlamaConfig, fingerprint, keyed_seed, load
                    pad_right, read_model_config, sample_responses, save_llama,
                    whole_file, write_json, writing)
 from ppo import (average_statistics, check_first_step, join_rollouts, masked_mean, policy_loss,
-                 rollout_statistics, value_loss, with_advantages)
+                 rollout_statistics, token_mean, value_loss, with_advantages)
 from regularizers import EXACT, SAMPLED
 from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, is_adapter,
                     reward_config, save_reward_model)
@@ -65,7 +66,7 @@ from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_
 # -------------------------------------------------------------------------------------- settings
 
 def knob(default, help, low=0, choices=None):
-    """A setting: default, meaning and unit, smallest value (None: any) or choices."""
+    """A setting: default, meaning and unit, smallest value or choices."""
     return field(default=default, metadata={"help": help, "low": low, "choices": choices})
 
 
@@ -92,7 +93,7 @@ class Common:
     def __post_init__(self):
         for f in fields(self):
             value, low = getattr(self, f.name), f.metadata["low"]
-            if f.type in (int, float) and low is not None and not low <= value < math.inf:
+            if f.type in (int, float) and not low <= value < math.inf:
                 raise InputError(f"--{f.name} {value}: expected a number, at least {low}")
 
 
@@ -148,8 +149,8 @@ class PPOConfig(Common):
     regularizer_mode: str = knob("reward", "charge the sampled penalty to the reward, or add the "
                                            "exact divergence to the loss",
                                  choices=("reward", "loss"))
-    kl_coef: float = knob(0.02, "weight of the penalty; negative: pays for leaving", None)
-    missing_eos_penalty: float = knob(1.0, "charged to a response without EOS", None)
+    kl_coef: float = knob(0.02, "weight of the penalty; negative: pays for leaving", -math.inf)
+    missing_eos_penalty: float = knob(1.0, "charged to a response without EOS", -math.inf)
     eval_data: str = knob("", "evaluation: JSON rows of instruction, input, output")
     eval_every: int = knob(0, "PPO steps between evaluations (0: only at the end)")
     eval_drop_long: bool = knob(False, "leave out evaluation rows that do not fit the model "
@@ -397,9 +398,11 @@ def digest(path):
 
 def set_aside(path):
     """Rename a result to path.1, path.2, ..: nothing is deleted."""
-    names = (Path(f"{path}.{n}") for n in itertools.count(1))
+    n = 1
+    while Path(f"{path}.{n}").exists():
+        n += 1
     if path.exists():
-        path.rename(next(name for name in names if not name.exists()))
+        path.rename(f"{path}.{n}")
 
 
 def hold(folder):
@@ -478,15 +481,12 @@ class Stopper:
 
     def note(self, number, _):
         self.signal = number
-        self.restore()
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.__exit__("asked to stop")
 
     def __exit__(self, error, *_):
-        self.restore()
-        if self.signal and error is None:                      # it came after the last look
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.signal and not error:                          # it came after the last look
             signal.raise_signal(self.signal)
 
     def asked(self, device):
@@ -526,21 +526,26 @@ def set_learning_rate(optimizer, *args):
     return group["lr"]
 
 
-def gradients_travel(ddp, last):
-    """True accumulation: gradients of the micro-batches add up locally, and are averaged once, with
-    the last one."""
-    return contextlib.nullcontext() if last else ddp.no_sync()
+def accumulate(ddp, batch, length, weight, size, loss_of, *key):
+    """True accumulation: gradients of the mean loss of a global batch, of which this process takes
+    its share, `size` items at a time -> a row of statistics per micro-batch.
 
-
-def token_weight(n_local, n_global):
-    """Weight of a micro-batch whose loss is the mean over its own n_local items, so that the sum
-    over micro-batches and DDP's average over processes is the mean over all n_global items."""
-    return n_local * world_size() / n_global
-
-
-def seed_dropout(*key):
-    """The masks of dropout belong to (seed, step, epoch, micro-batch) and to the process."""
-    torch.manual_seed(keyed_seed(*key, rank()))
+    weight(item): how many terms of the mean it brings ("tokens"). loss_of(ddp, items) -> the mean
+    over their own n terms, statistics. Weighted n * world_size / n_global, the sum over
+    micro-batches and DDP's average over processes are the mean over all n_global terms. Gradients
+    travel once, with the last micro-batch. key: of dropout's masks, which belong to the process and
+    the micro-batch as well."""
+    table, n_global = [], sum(map(weight, batch))
+    groups = micro_batches(batch, length, size, rank(), world_size())
+    for i, items in enumerate(groups):
+        torch.manual_seed(keyed_seed(*key, i, rank()))
+        n = sum(map(weight, items))
+        with contextlib.nullcontext() if i == len(groups) - 1 else ddp.no_sync():
+            loss, stats = loss_of(ddp, items)
+            (loss * (n * world_size() / n_global)).backward()
+        stats = {"loss": loss} | stats
+        table.append({name: x.item() for name, x in stats.items()} | {"tokens": n})
+    return table
 
 
 def clip_gradients(parameters, max_norm, step, name):
@@ -611,48 +616,32 @@ def supervised(run, module, trunk, items, weight, loss_of, device):
     """The loop of the sft and reward stages: AdamW, cosine schedule, true accumulation -> steps,
     seconds.
 
-    loss_of(ddp, micro-batch) -> mean loss over its weights; weight(item): how many terms of the
-    loss it brings (response tokens, or one pair)."""
+    weight, loss_of: see accumulate; a term is a response token, or a pair."""
     cfg, parameters, ddp = run.cfg, trainable(module), wrap(module, device).train()
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch))
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0,
                                   fused=True)
     first = run.resume(parameters, optimizer, model=fingerprint(trunk))
-    start, shown, lengths = time.time(), [], [len(item) for item in items]
+    start, lengths = time.time(), [len(item) for item in items]
     pick = even_batch_indices if run.stage == "reward" else batch_indices
     with Stopper() as stopper:
         for step in range(first + 1, steps + 1):
             lr = set_learning_rate(optimizer, step, steps, round(0.03 * steps), cfg.lr, "cosine")
             picked = pick(lengths, cfg.batch, f"{cfg.seed} {run.stage}", step - 1)
-            loss = accumulate(cfg, step, ddp, [items[i] for i in picked], weight, loss_of)
+            table = accumulate(ddp, [items[i] for i in picked], len, weight, cfg.micro_batch,
+                               loss_of, cfg.seed, step, 0)
+            loss = token_mean(itertools.chain(*gather(table)), "loss")
             norm = clip_gradients(parameters, cfg.max_grad_norm, step, "model")
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)           # (gradients stay in DDP's buckets)
-            shown.append(loss)
             if step % max(1, steps // 12) == 0 or step == steps:
-                say(f"{run.stage:6} step {step:5}/{steps} | loss {sum(shown) / len(shown):.3f} | "
-                    f"lr {lr:.1e} | grad {norm:.2f} | eta {eta(start, step - first, steps - step)}")
-                shown = []
+                say(f"{run.stage:6} step {step:5}/{steps} | loss {loss:.3f} | lr {lr:.1e} | "
+                    f"grad {norm:.2f} | eta {eta(start, step - first, steps - step)}")
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
             run.end_step(step, parameters, optimizer, stopper, metrics=[row])
     module.eval()
     check_same_parameters(parameters)
     return steps, time.time() - start
-
-
-def accumulate(cfg, step, ddp, batch, weight, loss_of):
-    """Gradients of one global batch, of which this process takes a share -> the loss, a mean over
-    the terms of the batch."""
-    total, n_global = 0.0, sum(map(weight, batch))
-    groups = micro_batches(batch, len, cfg.micro_batch, rank(), world_size())
-    for i, some in enumerate(groups):
-        seed_dropout(cfg.seed, step, 0, i)
-        n = sum(map(weight, some))
-        with gradients_travel(ddp, i == len(groups) - 1):
-            loss = loss_of(ddp, some)
-            (loss * token_weight(n, n_global)).backward()
-        total += loss.item() * n
-    return sum(gather(total)) / n_global
 
 
 # ----------------------------------------------------------------------------------- SFT, reward
@@ -681,7 +670,7 @@ def sft_loss(ddp, examples):
     packed = pack([e.prompt for e in examples], [e.response for e in examples],
                   ddp.module.policy.device)
     logprobs = ddp(*packed).logprobs                                             # (B, R)
-    return -masked_mean(logprobs, length_mask(packed[2], logprobs.shape[1]))
+    return -masked_mean(logprobs, length_mask(packed[2], logprobs.shape[1])), {}
 
 
 def reward(run, inputs, device, dtype):
@@ -715,7 +704,7 @@ def reward_loss(ddp, pairs):
     answers = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     tokens, before, after = pack([p.prompt for p in pairs] * 2, answers, ddp.module.trunk.device)
     chosen, rejected = ddp(tokens, before + after).chunk(2)                      # (B,) twice
-    return bradley_terry_loss(chosen, rejected)
+    return bradley_terry_loss(chosen, rejected), {}
 
 
 @torch.no_grad()
@@ -804,25 +793,17 @@ def update(cfg, step, ddp, optimizer, rollout):
     A minibatch is a slice of one global permutation; each process takes an even share of it."""
     lr = set_learning_rate(optimizer, step, cfg.steps, cfg.warmup_steps, cfg.lr, "linear")
     require_finite(rollout.advantages, "advantages", step)
-    lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-    table, norms, device = [], [], ddp.module.policy.device      # table: a row per micro-batch
+    length = (rollout.prompt_lengths + rollout.response_lengths).tolist().__getitem__
+    weight = rollout.response_lengths.tolist().__getitem__
+    table, norms = [], []
     ddp.train()
     for epoch in range(cfg.ppo_epochs):
         order = permutation(cfg.rollout_batch, f"{cfg.seed} {step}", epoch)
         for begin in range(0, cfg.rollout_batch, cfg.minibatch):
-            minibatch = list(order[begin:begin + cfg.minibatch])
-            n_global = int(rollout.response_lengths[minibatch].sum())
-            mine = micro_batches(minibatch, lengths.__getitem__, cfg.micro_batch, rank(),
-                                 world_size())
-            for i, index in enumerate(mine):
-                seed_dropout(cfg.seed, step, epoch, len(norms), i)
-                rows = rollout.rows(index).to(device)
-                n = int(rows.response_lengths.sum())
-                with gradients_travel(ddp, i == len(mine) - 1):
-                    loss, stats = ppo_loss(cfg, ddp, rows)
-                    (loss * token_weight(n, n_global)).backward()
-                stats = {name: float(x) for name, x in stats.items()}
-                table.append(stats | {"optimizer_step": len(norms), "tokens": n})
+            rows = accumulate(ddp, order[begin:begin + cfg.minibatch], length, weight,
+                              cfg.micro_batch, partial(ppo_loss, cfg, rollout),
+                              cfg.seed, step, epoch, len(norms))
+            table += [row | {"optimizer_step": len(norms)} for row in rows]
             norms.append({f"{group['name']}_grad_norm": clip_gradients(
                 group["params"], cfg.max_grad_norm, step, group["name"])
                 for group in optimizer.param_groups})
@@ -833,9 +814,10 @@ def update(cfg, step, ddp, optimizer, rollout):
     return stats | {"lr": lr, "kl_coef": cfg.kl_coef}
 
 
-def ppo_loss(cfg, ddp, rows):
+def ppo_loss(cfg, rollout, ddp, index):
     """Clipped policy loss + vf_coef * clipped value loss (+ kl_coef * exact divergence, in loss
-    mode) of a micro-batch."""
+    mode) of some rows of a rollout, and statistics."""
+    rows = rollout.rows(index).to(ddp.module.policy.device)
     divergence, mask = cfg.regularizer_in("loss"), rows.response_mask
     out = ddp(rows.tokens, rows.prompt_lengths, rows.response_lengths, divergence)
     loss, stats = policy_loss(out.logprobs, rows.logprobs, rows.advantages, mask, cfg.clip)
@@ -899,6 +881,7 @@ def evaluation(cfg, inputs, net, reward_model):
 def read_inputs(command, stage):
     """Read and check what a stage needs; say what was cut or dropped."""
     cfg, config = command.configs[stage], TOY_MODEL
+    check_processes(cfg)
     source = command.start if command.stage == "all" else cfg.model
     if source:
         config = read_model_config(source)
@@ -968,13 +951,12 @@ def carry_out(command):
     later = list(STAGES)[list(STAGES).index(command.redo):] if command.redo in STAGES else []
     for stage, run in runs.items():
         run.check(redone=stage in later)
-    todo = [stage for stage, run in runs.items() if stage in later or not run.finished]
+    # (what comes after a stage that is to be run is made anew, or refused as made from another)
+    todo = list(itertools.dropwhile(lambda s: s not in later and runs[s].finished, runs))
     again = "ppo" in todo or command.redo == "eval"
     evaluating = "ppo" in runs and to_evaluate(runs["ppo"], again)
     reading = [stage for stage in runs if stage in todo or stage == "ppo" and evaluating]
     inputs = {stage: read_inputs(command, stage) for stage in reading}
-    for stage in todo:
-        check_processes(runs[stage].cfg)
     device, held = start_processes(), []
     dtype = device_and_dtype(list(runs.values())[0].cfg.dtype)[1]
 

@@ -2,11 +2,9 @@
 what `eval.py` answers, writes and refuses.
 """
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -18,6 +16,7 @@ from conftest import ROOT
 from data import Pair
 from model import InputError, Llama, LlamaConfig, read_json, save_llama
 from reward import load_reward_model
+from running import ended, fork
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -453,21 +452,21 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     assert error.traceback[-1].name == "half_finished" and capsys.readouterr().err == ""
 
 
-def run_eval(*argv):
-    """eval.py as a program on a terminal of Western Europe's Windows -> what it prints, and says
-    of mistakes."""
-    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), *map(str, argv)],
-                          capture_output=True,
-                          env=os.environ | {"PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout.decode("cp1252"), done.stderr.decode("cp1252")
+def on_cp1252(argv):
+    """eval.py on a terminal of Western Europe's Windows."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="cp1252")
+    evaluation.main([str(word) for word in argv])
 
 
 def test_what_the_terminal_cannot_show_does_not_end_a_program(tiny, tmp_path):
     """cp1252 has é and no 日: what it lacks is printed as an escape, in answers as in mistakes."""
-    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "é 日"}]))
-    code, out, err = run_eval("generate", tiny / "sft", f"--input={tmp_path / 'rows.json'}",
-                              "--max_new_tokens=4")
-    assert code == 0, err
-    assert '"é \\u65e5"' in out
-    code, out, err = run_eval("winrate", tmp_path / "日.json")
-    assert code == 2 and err.endswith("\\u65e5.json'\n") and err.count("\n") == 1
+    rows, log = tmp_path / "rows.json", tmp_path / "log"
+    rows.write_text(json.dumps([{"instruction": "é 日"}]))
+    asked = ["generate", tiny / "sft", f"--input={rows}", "--max_new_tokens=4"]
+    assert ended(fork(on_cp1252, asked, log=log)) == 0
+    assert '"é \\u65e5"' in log.read_text(encoding="cp1252")
+    log.unlink()
+    assert ended(fork(on_cp1252, ["winrate", tmp_path / "日.json"], log=log)) == 2
+    said = log.read_text(encoding="cp1252")
+    assert said.endswith("\\u65e5.json'\n") and said.count("\n") == 1

@@ -485,7 +485,7 @@ def test_an_unknown_adapter_or_target_is_refused_by_name(tmp_path):
         add_lora(model, "policy", r=4, alpha=16, targets=("wq", "q_proj"))
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
     add_lora(model, "policy", r=4, alpha=16)
-    with pytest.raises(InputError, match="called polcy: the model has policy"), \
+    with pytest.raises(InputError, match="no adapter called polcy"), \
             adapter(model, "polcy"):
         pass
     with pytest.raises(InputError, match="there is an adapter called policy already"):

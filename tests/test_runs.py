@@ -498,6 +498,19 @@ def test_one_stage_alone_is_done_again_with_those_that_build_on_it(toy_run, tmp_
     assert sorted(p.name for p in out.iterdir()) == ["ppo.1", "reward.1", "sft", "sft.1"]
 
 
+def test_a_reward_model_does_not_outlive_the_model_that_it_was_made_from(toy_run, tmp_path, capsys):
+    """Somebody deletes the SFT model and makes another: reward model and policy of the old one,
+    which stand there as finished, are not taken for the new one's."""
+    out = tmp_path / "run"
+    shutil.copytree(toy_run / "run", out)
+    shutil.rmtree(out / "sft")
+    error = one_line(capsys, toy_flags(out, toy_run, sft_steps=2))
+    assert "reward was made with other content of model" in error and "--redo reward" in error
+    train.main(toy_flags(out, toy_run, sft_steps=2, redo="reward"))
+    load_run(out / "ppo")
+    assert (out / "reward.1" / "finished.json").is_file() and (out / "ppo.1").is_dir()
+
+
 def test_redo_of_the_evaluation_keeps_the_policy_and_the_old_answers(toy_run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(toy_run / "run", out)

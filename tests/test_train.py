@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_sft_loss_is_cross_entropy_of_response_tokens():
     assert -logprobs[0].sum().item() == pytest.approx(sum(losses[:3]), abs=1e-5)
     assert -logprobs[1].sum().item() == pytest.approx(sum(losses[3:]), abs=1e-5)
     assert logprobs[1, 2] == 0                                               # padding
-    mean = train.sft_loss(Bare(ActorCritic(model)), examples)
+    mean, _ = train.sft_loss(Bare(ActorCritic(model)), examples)
     assert mean.item() == pytest.approx(sum(losses) / 5, abs=1e-6)
 
 
@@ -174,8 +175,9 @@ def test_ragged_micro_batches_add_up_to_one_batch(one_process):
 
     def loss_and_gradient(size):
         ddp.zero_grad(set_to_none=False)
-        cfg = train.SFTConfig(micro_batch=size)
-        loss = train.accumulate(cfg, 1, ddp, examples, lambda e: len(e.response), train.sft_loss)
+        table = train.accumulate(ddp, examples, len, lambda e: len(e.response), size,
+                                 train.sft_loss)
+        loss = sum(row["loss"] * row["tokens"] for row in table) / 44      # 2 + 3 + .. + 9 tokens
         return loss, torch.cat([p.grad.flatten().clone() for p in net.parameters()])
 
     whole_loss, whole = loss_and_gradient(8)
@@ -217,9 +219,9 @@ def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path,
     used, rates = [], []
     loss, step = train.ppo_loss, torch.optim.AdamW.step
 
-    def watched_loss(cfg, ddp, rows):
-        used.extend(rows.scores.tolist())                        # (no two responses score alike)
-        return loss(cfg, ddp, rows)
+    def watched_loss(cfg, rollout, ddp, index):
+        used.extend(index)
+        return loss(cfg, rollout, ddp, index)
 
     def watched_step(self, *args, **kwargs):
         rates.append(self.param_groups[0]["lr"])
@@ -230,7 +232,7 @@ def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path,
     train.main(ppo_flags(tiny, tmp_path / "ppo", steps=1, rollout_batch=8, minibatch=4,
                          ppo_epochs=3, micro_batch=3, max_grad_norm=1e-6))
     assert len(rates) == 3 * 8 // 4 and min(rates) > 0
-    assert [used.count(score) for score in set(used)] == [3] * 8
+    assert sorted(used) == sorted([*range(8)] * 3)
     row = metrics(tmp_path / "ppo")[0]
     assert row["optimizer_steps"] == 6 and row["lr"] == rates[0]
     assert row["policy_grad_norm"] > 1e-4 and row["critic_grad_norm"] > 1e-4
@@ -351,20 +353,30 @@ def test_what_is_sampled_belongs_to_seed_step_and_row(tiny):
 def test_masks_of_dropout_belong_to_seed_step_epoch_micro_batch_and_process(monkeypatch):
     """Change one part of the key and the masks are others; the same key gives the same again, which
     a run that is continued needs."""
-    def mask(*key):
-        train.seed_dropout(*key)
-        return F.dropout(torch.ones(100), 0.5).tolist()
+    def masks_of(*key):
+        """Of three micro-batches."""
+        drawn = []
 
-    key = [0, 3, 1, 2, 0]
-    masks = [mask(*key)]
-    for place in range(5):
+        def loss_of(ddp, items):
+            drawn.append(F.dropout(torch.ones(100), 0.5).tolist())
+            return torch.zeros((), requires_grad=True), {}
+
+        ddp = SimpleNamespace(no_sync=nullcontext)
+        train.accumulate(ddp, [1, 2, 3], int, int, 1, loss_of, *key)
+        return drawn
+
+    key = [0, 3, 1, 2]
+    masks = masks_of(*key)
+    for place in range(4):
         other = list(key)
         other[place] += 1
-        masks.append(mask(*other))
+        masks += masks_of(*other)
     monkeypatch.setattr(train, "rank", lambda: 1)
-    masks.append(mask(*key))
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    masks += masks_of(*key)
+    assert len(masks) == 5 * 3 + 1
     assert all(a != b for i, a in enumerate(masks) for b in masks[:i])
-    assert mask(*key) == masks[-1]
+    assert masks_of(*key) == masks[-1:]
     assert keyed_seed(1, 23) != keyed_seed(12, 3)              # .. nor do keys run together
 
 

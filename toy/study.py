@@ -151,9 +151,10 @@ def run(job, args):
                 shutil.copytree(base / stage, folder / f"{stage}.tmp", dirs_exist_ok=True)
                 os.replace(folder / f"{stage}.tmp", folder / stage)
     folder.mkdir(parents=True, exist_ok=True)
-    # (--local_addr: torchrun would wait for a host name that does not resolve)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-             "--local_addr=localhost", f"--nproc_per_node={args.processes}"]
+    start = [sys.executable]
+    if args.processes > 1:     # (--local_addr: it would wait for a host name that does not resolve)
+        start += ["-m", "torch.distributed.run", "--standalone", "--local_addr=localhost",
+                  f"--nproc_per_node={args.processes}"]
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         # Ctrl-C is ours: torchrun is told once, and given its time
         process = subprocess.Popen([*start, str(ROOT / "train.py"), *job.flags(args)], stdout=log,
@@ -168,7 +169,8 @@ def run(job, args):
 
 def command_line(job, args):
     """What `run` does, as one would type it."""
-    train = f"torchrun --nproc_per_node={args.processes} train.py {' '.join(job.flags(args))}"
+    start = f"torchrun --nproc_per_node={args.processes}" if args.processes > 1 else "python"
+    train = f"{start} train.py {' '.join(job.flags(args))}"
     if not job.variant:
         return train
     return f"cp -r {Job(job.seed, 'reward').folder(args)} {job.folder(args)} && {train}"
