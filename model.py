@@ -371,10 +371,11 @@ class Samples(NamedTuple):
     logprobs: list        # lists of floats: the log-probability with which each id was drawn, nats
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, **settings):
-    """Sample a continuation of each prompt -> a list of lists of ids. settings: top_p=1.0,
-    eos_id=2, seed=0, banned_ids=(0, 1) and the others of `sample_responses`, which see."""
-    return sample_responses(model, prompts, max_new_tokens, temperature, **settings).responses
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=2, seed=0,
+             banned_ids=(0, 1), **more):
+    """sample_responses without the log-probabilities -> a list of lists of ids."""
+    return sample_responses(model, prompts, max_new_tokens, temperature, top_p, eos_id, seed,
+                            banned_ids, **more).responses
 
 
 @torch.inference_mode()
@@ -393,7 +394,6 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
     limits = max_new_tokens
     if not isinstance(limits, list):
         limits = [limits] * len(prompts)
-    prompts = [[int(i) for i in prompt] for prompt in prompts]
     check_generate(model, prompts, limits, temperature, top_p)
     if not prompts:
         return Samples([], [])
@@ -403,8 +403,8 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
     pick = partial(sample, temperature=temperature, top_p=top_p)
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
     with eval_mode(model):
-        size = batch_size or len(prompts)
-        return Decoder(model, prompts, limits, u, banned, pick, eos_id, size).run()
+        return Decoder(model, prompts, limits, u, banned, pick, eos_id,
+                       batch_size or len(prompts)).run()
 
 
 def check_generate(model, prompts, limits, temperature, top_p):
@@ -426,7 +426,6 @@ class KVCache:
         self.slots = slots       # prompt and new tokens of the longest row
         self.k, self.v = [], []  # per layer (B, K, slots, d), allocated by the first prompts
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)      # (B,) tokens stored
-        self.seen = 0            # S: no row that decodes reads more slots
 
     def expect_prompts(self, rows, width):
         """Right-padded prompts come next, of `width` tokens, into these rows (b,)."""
@@ -455,8 +454,8 @@ class KVCache:
         return attend(q, k, v, self.mask)
 
     def make_visible(self, slots):
-        """Have the next step read so many slots: on a GPU a multiple of 64 of them, so that one
-        recording serves as many steps."""
+        """Have the next step read at least so many slots (S): on a GPU a multiple of 64, so that
+        one recording serves as many steps."""
         unit = 64 if self.lengths.is_cuda else 1
         self.seen = min(math.ceil(slots / unit) * unit, self.slots)
 

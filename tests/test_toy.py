@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 from toy import world
 
-FILES = ("sft", "preference", "preference_val", "preference_test", "unlabeled", "val", "test")
+FILES = ("sft", "preference", "preference_val", "preference_test", "unlabeled", "val", "test",
+         "study")
 
 
 def rows(name):
@@ -27,8 +28,9 @@ def test_the_committed_files_are_what_the_script_makes(tmp_path):
 
 
 def test_no_instruction_is_in_two_files_and_evaluation_asks_something_new():
-    """Else the evaluation would measure memory. Wordings of val and test occur nowhere else, and no
-    other file asks the single questions that they ask of the same person."""
+    """Else the evaluation would measure memory. Wordings of val, test and study occur nowhere else,
+    and no other file asks the single questions that val and test ask of the same person; study asks
+    these once more."""
     instructions = {name: {r["instruction"] for r in rows(name)} for name in FILES}
     for i, a in enumerate(FILES):
         for b in FILES[i + 1:]:
@@ -38,8 +40,10 @@ def test_no_instruction_is_in_two_files_and_evaluation_asks_something_new():
         requests = map(world.parse, instructions[name])
         asked[name] = {(q.person.name, q.asked[0]) for q in requests if q.kind == "question"}
     for split in ("val", "test"):
-        for other in set(FILES) - {split}:
+        for other in set(FILES) - {split, "study"}:
             assert not asked[split] & asked[other], (split, other)
+    assert asked["study"] == asked["val"] | asked["test"]
+    assert len(instructions["study"]) == 480
 
 
 def test_demonstrations_are_true_and_teach_what_they_say_they_teach():

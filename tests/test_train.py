@@ -304,7 +304,7 @@ def test_frozen_weights_are_compared_before_training_too(monkeypatch, one_proces
 def test_a_batch_that_does_not_split_over_the_processes_is_refused(monkeypatch):
     """Unequal shares would weigh sequences differently from one process to the next."""
     monkeypatch.setattr(train, "world_size", lambda: 3)
-    with pytest.raises(InputError, match="--minibatch 128 does not split over .*: give a multiple of 3"):
+    with pytest.raises(InputError, match="--minibatch 128 does not split over .*a multiple of 3"):
         train.check_processes(train.PPOConfig())
 
 

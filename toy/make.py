@@ -13,10 +13,11 @@
     unlabeled.json         instructions for PPO
     val.json, test.json    instructions to evaluate on, with a reference answer: settings are chosen
                            on the first and reported on the second
+    study.json             more of them, on which toy/study.py's frontier alone is reported
 
-No instruction is in two files. In val and test the wordings are new, and no other file asks the
-same question of the same person. Half of their questions about obscure people are about attributes
-that no demonstration mentions.
+No instruction is in two files. In val, test and study the wordings are new, and no file that is
+trained on asks the same question of the same person. Half of the questions about obscure people are
+about attributes that no demonstration mentions.
 
 A pair of answers is one draft and an edit of it, or two drafts; its "flaw" names the edit. What a
 draft says of attributes that the demonstrations do not teach is drawn at random, so preferences
@@ -24,6 +25,7 @@ teach nothing about the truth.
 """
 import argparse
 import io
+import itertools
 import json
 import random
 import sys
@@ -90,6 +92,18 @@ def evaluation_instructions(rng, split, held):
         rows += [bio(p, w) for w in BIO[split]]
         rows.append(question(p, held[p.name][split], rng.choice(QUESTION[split])))
         rows.append(several(p, rng.sample(sorted(ATTRIBUTES), 3), rng.choice(SEVERAL[split])))
+    return rows
+
+
+def study_instructions(rng, held):
+    """Two biographies, the questions of val and of test and four requests for several attributes of
+    each person, in wordings of their own."""
+    rows, triples = [], list(itertools.permutations(sorted(ATTRIBUTES), 3))
+    for p in PEOPLE.values():
+        rows += [bio(p, w) for w in BIO["study"]]
+        rows += [question(p, a, QUESTION["study"][0]) for a in held[p.name].values()]
+        rows += [several(p, attributes, SEVERAL["study"][i % 2])
+                 for i, attributes in enumerate(rng.sample(triples, 4))]
     return rows
 
 
@@ -359,9 +373,13 @@ def make():
     for name, n in PAIRS.items():
         noise = LABEL_NOISE if name == "preference" else 0
         files[f"{name}.json"] = preference_rows(rng, train[name], n, noise)
-    for split in ("val", "test"):
+    for split in ("val", "test", "study"):
+        if split == "study":
+            instructions = study_instructions(rng, held)
+        else:
+            instructions = evaluation_instructions(rng, split, held)
         files[f"{split}.json"] = [row(i, reference(rng, i), generator="encyclopedia", dataset="toy")
-                                  for i in evaluation_instructions(rng, split, held)]
+                                  for i in instructions]
     words = [row(i, " ".join(more_words)) for i, more_words in tokenizer_words()]
     files = {name: as_json(rows) for name, rows in files.items()}
     return {"tokenizer.model": train_tokenizer(words), **files}

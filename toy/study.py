@@ -1,18 +1,20 @@
-"""The paper in miniature: every variant of PPO that it compares, in the toy world, several seeds.
+"""Studies in the toy world: many PPO runs, several seeds, by commands that a reader would type.
 
-    python toy/study.py                         run what is not there yet: progress, and time left
-    python toy/study.py --dry_run               the plan and its commands, nothing is started
-    python tools/figures.py toy/study.jsonl     the outcome as a table, and as pictures
+    python toy/study.py                         the paper in miniature: run what is not there yet
+    python toy/study.py frontier                four penalties along their frontiers
+    python toy/study.py frontier --dry_run      the plan and its commands, nothing is started
+    python tools/figures.py toy/study.jsonl     the paper's outcome as a table, and as pictures
+    python toy/frontier.py                      the frontier's
 
-Everything is done by commands that a reader would type: one SFT and one reward model per seed
-(`train.py --stage sft`, `--stage reward`), then for each variant a copy of that folder, in which
-`train.py --stage ppo` runs with the variant's flags. A finished run's outcome is one line of
-toy/study.jsonl: what has one is not run again, here or on another machine; what was cut short
-continues. Seed 0 of everything comes first, so that a study that is stopped early can be used.
+One SFT and one reward model per seed (`train.py --stage sft`, `--stage reward`), then for each
+variant a copy of that folder, in which `train.py --stage ppo` runs with the variant's flags. A
+finished run's outcome is one line of toy/study.jsonl, or toy/frontier.jsonl: what has one is not
+run again, here or on another machine; what was cut short continues. Seed by seed, so that a study
+that is stopped early can be used.
 
-What all share are the toy world's defaults (train.py, TOY) but for the number of steps. LoRA and
-full fine-tuning have learning rates of their own. Sweeps have one seed: their rows say n 1, and
-their error holds no spread between seeds.
+What all share are the toy world's defaults (train.py, TOY) but for the study's own flags. In the
+paper's study LoRA and full fine-tuning have learning rates of their own, and its sweeps have one
+seed: their rows say n 1, and their error holds no spread between seeds.
 """
 import argparse
 import json
@@ -22,7 +24,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,18 +38,14 @@ from eval import Parser, mistakes_in_one_line  # noqa: E402
 from model import InputError, whole_file  # noqa: E402
 from tools.figures import outcome  # noqa: E402
 
-# seconds on two quiet cores: a stage, a PPO run apart from its steps, a PPO step, an evaluation
-SECONDS = {"sft": 50, "reward": 145, "start": 20, "step": 1.6, "evaluation": 6}
-
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the study: its name, the flags in which it differs from the default run, and the
+    """A row of a study: its name, the flags in which it differs from the default run, and the
     groups of figures that show it (tools/figures.py, FIGURES)."""
     name: str
     flags: str = ""
     groups: tuple = ("regularizer",)
-    slower: float = 1.0          # time of a step, relative to the default's
 
 
 BOTH, LORA_FULL, NONE = ("regularizer", "lora_full"), ("lora_full",), ()
@@ -62,18 +62,49 @@ PAPER = [      # the paper's eight
 OURS = [       # what it did not have: k3, an unbiased JS in the reward, true gradients in the loss
     Variant("bregman", "--regularizer bregman"),
     Variant("jensen_shannon", "--regularizer jensen_shannon"),
-    Variant("exact kl in the loss", "--regularizer_mode loss", slower=1.2),
-    Variant("full, kl", "--lora_rank 0 --lr 3e-4", LORA_FULL, 1.3),
-    Variant("full, none", "--lora_rank 0 --lr 3e-4 --regularizer none", LORA_FULL, 1.3),
+    Variant("exact kl in the loss", "--regularizer_mode loss"),
+    Variant("full, kl", "--lora_rank 0 --lr 3e-4", LORA_FULL),
+    Variant("full, none", "--lora_rank 0 --lr 3e-4 --regularizer none", LORA_FULL),
 ]
 SWEEPS = [     # one seed only ("kl" has rank 8 and alpha 32)
-    Variant("exact js in the loss", "--regularizer jensen_shannon --regularizer_mode loss", NONE,
-            1.2),
-    Variant("full, kl, lr 1e-3", "--lora_rank 0 --lr 1e-3", NONE, 1.3),
+    Variant("exact js in the loss", "--regularizer jensen_shannon --regularizer_mode loss", NONE),
+    Variant("full, kl, lr 1e-3", "--lora_rank 0 --lr 1e-3", NONE),
     *(Variant(f"rank {rank}", f"--lora_rank {rank}", NONE) for rank in (1, 2, 32)),
     *(Variant(f"alpha {alpha}", f"--lora_alpha {alpha}", NONE) for alpha in (1, 2, 8)),
 ]
-VARIANTS = PAPER + OURS + SWEEPS
+# penalty -> its flags, and coefficients so spaced that neighbouring KLs are within a factor of
+# about 1.6; the last one of each Jensen-Shannon is there for the comparison at 0.1
+PENALTIES = {
+    "kl in the reward": ("--regularizer kl", (.36, .24, .16, .1, .07, .046, .03)),
+    "paper's jensen_shannon in the reward": ("--regularizer jensen_shannon_paper",
+                                             (6.4, 4.2, 2.8, 1.8, 1.2, .8, .5, .1)),
+    "exact kl in the loss": ("--regularizer kl --regularizer_mode loss",
+                             (.36, .24, .16, .1, .07, .046, .03)),
+    "exact jensen_shannon in the loss": ("--regularizer jensen_shannon --regularizer_mode loss",
+                                         (2.4, 1.6, 1.05, .7, .46, .3, .2, .1))}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run: variants, with the seeds first, first + 1, .. (`seeds` of them); sweeps, with
+    the first seed alone; flags, of all PPO runs."""
+    variants: list
+    first: int
+    seeds: int
+    flags: str
+    data: str
+    sweeps: tuple = ()
+
+
+STUDIES = {
+    "paper": Study(PAPER + OURS + SWEEPS, 0, 3, "--steps 48 --eval_every 12", "study.jsonl",
+                   tuple(SWEEPS)),
+    "frontier": Study([Variant(f"{penalty}, {c}", f"{flags} --kl_coef {c}")
+                       for penalty, (flags, coefficients) in PENALTIES.items()
+                       for c in coefficients], 10, 6,
+                      f"--steps 48 --eval_temperature 1 "
+                      f"--eval_data {os.path.relpath(ROOT / 'toy' / 'study.json')}",
+                      "frontier.jsonl")}
 
 
 @dataclass(frozen=True)
@@ -89,18 +120,17 @@ class Job:
         """A name for folders."""
         if not self.variant:
             return f"seed{self.seed}"
-        return f"{re.sub('[ ,]+', '_', self.variant.name)}_seed{self.seed}"
+        return f"{re.sub('[^a-z0-9._-]+', '_', self.variant.name)}_seed{self.seed}"
 
     def folder(self, args):
         return Path(args.out) / self.slug
 
     def changes(self, args):
         """The flags in which it differs from the default run."""
-        if not self.variant:
-            return ["--steps", str(args.base_steps)] if args.base_steps else []
-        changes = ["--steps", str(args.steps), "--eval_every", str(args.eval_every)]
-        changes += self.variant.flags.split()
-        return changes + ["--eval_data", args.eval_data] if args.eval_data else changes
+        if self.variant:
+            return [*STUDIES[args.study].flags.split(), *self.variant.flags.split(),
+                    *args.more.split()]
+        return ["--steps", str(args.base_steps)] if args.base_steps else []
 
     def flags(self, args):
         """All flags of train.py."""
@@ -119,31 +149,87 @@ class Job:
                              f"(now {now!r}): give the same, or another --data and --out")
         return key in before
 
-    def seconds(self, args):
-        """About how long it takes on two quiet cores."""
-        if not self.variant:
-            return SECONDS[self.stage]
-        evaluations = args.steps // args.eval_every + 1
-        return (SECONDS["start"] + args.steps * SECONDS["step"] * self.variant.slower
-                + evaluations * SECONDS["evaluation"])
+    def needs(self):
+        """The training that has to be done before this one, or None."""
+        earlier = {"sft": None, "reward": Job(self.seed, "sft"), "ppo": Job(self.seed, "reward")}
+        return earlier[self.stage]
 
 
 def jobs(args, lines):
-    """All trainings in the order in which they are done; of SFT and reward models those that some
+    """All trainings in the order in which they are begun; of SFT and reward models those that some
     variant still needs."""
-    order = []
-    for seed in range(args.seeds):
-        chosen = [v for v in VARIANTS if not args.only or v.name in args.only]
-        variants = [Job(seed, "ppo", v) for v in chosen if seed == 0 or v not in SWEEPS]
+    order, it = [], STUDIES[args.study]
+    for seed in range(it.first, it.first + (args.seeds or it.seeds)):
+        chosen = [v for v in it.variants if not args.only or v.name in args.only]
+        variants = [Job(seed, "ppo", v) for v in chosen if seed == it.first or v not in it.sweeps]
         if not all(job.finished(args, lines) for job in variants):
             order += [Job(seed, "sft"), Job(seed, "reward")]
         order += variants
     return order
 
 
-def run(job, args):
+# ----------------------------------------------------------------------------------------- running
+
+class Runner:
+    """Does jobs, `parallel` at a time, each when the one that it needs is done."""
+
+    def __init__(self, args, todo):
+        self.args, self.waiting, self.begun, self.total = args, list(todo), 0, len(todo)
+        self.changed, self.busy, self.failed = threading.Condition(), {}, set()
+        self.start, self.stopped = time.time(), False
+
+    def work(self):
+        """One of the threads: the next job, and the next, until there is none."""
+        while True:
+            with self.changed:
+                while (job := self.next_job()) is None:
+                    if not self.waiting:
+                        return
+                    self.changed.wait()
+                self.waiting.remove(job)
+                self.busy[job] = None
+            self.do(job)
+            with self.changed:
+                del self.busy[job]
+                self.changed.notify_all()
+
+    def next_job(self):
+        """The first that waits for nothing. (Of a job that is neither waiting nor busy, nor in the
+        plan, the result stands.)"""
+        undone = {*self.waiting, *self.busy}
+        return next((job for job in self.waiting if job.needs() not in undone), None)
+
+    def do(self, job):
+        """Run it, keep its outcome, say so."""
+        start, result = time.time(), "done"
+        if job.needs() in self.failed:
+            result = "skipped: the models that it starts from failed"
+        elif not run(job, self.args, self.busy):
+            log = job.folder(self.args) / "log.txt"
+            result = "stopped" if self.stopped else f"FAILED, see {log}"
+        with self.changed:
+            if result != "done":
+                self.failed.add(job)
+            elif job.variant:
+                keep(job, self.args)
+            self.begun += 1
+            left = (time.time() - self.start) / self.begun * (self.total - self.begun)
+            print(f"{self.begun:3}/{self.total} | {job.slug:44} {job.stage:6} | {result} in "
+                  f"{minutes(time.time() - start)} | left {minutes(left)}", flush=True)
+
+    def stop(self):
+        """Begin nothing more, and ask what runs to stop."""
+        with self.changed:
+            self.stopped = True
+            self.waiting.clear()
+            for process in filter(None, self.busy.values()):
+                process.terminate()
+            self.changed.notify_all()
+
+
+def run(job, args, busy):
     """Train, as a reader would: a copy of the seed's SFT and reward model, and train.py in it ->
-    whether it went to its end."""
+    whether it went to its end. busy[job]: the process, for who wants to stop it."""
     folder, base = job.folder(args), Job(job.seed, "reward").folder(args)
     if job.variant:
         for stage in ("sft", "reward"):
@@ -156,36 +242,40 @@ def run(job, args):
         start += ["-m", "torch.distributed.run", "--standalone", "--local_addr=localhost",
                   f"--nproc_per_node={args.processes}"]
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        # Ctrl-C is ours: torchrun is told once, and given its time
-        process = subprocess.Popen([*start, str(ROOT / "train.py"), *job.flags(args)], stdout=log,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            return process.wait() == 0
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
+        # Ctrl-C is ours: what runs is told once, and given its time
+        busy[job] = subprocess.Popen(
+            [*start, str(ROOT / "train.py"), *job.flags(args)], stdout=log, stderr=log,
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return busy[job].wait() == 0
 
 
 def command_line(job, args):
     """What `run` does, as one would type it."""
     start = f"torchrun --nproc_per_node={args.processes}" if args.processes > 1 else "python"
-    train = f"{start} train.py {' '.join(job.flags(args))}"
+    train = f"OMP_NUM_THREADS=1 {start} train.py {' '.join(job.flags(args))}"
     if not job.variant:
         return train
     return f"cp -r {Job(job.seed, 'reward').folder(args)} {job.folder(args)} && {train}"
 
 
 def keep(job, args):
-    """Append a finished variant's outcome to the data."""
-    about = {"variant": job.variant.name, "groups": job.variant.groups,
-             "flags": " ".join(job.changes(args))}
-    row = json.dumps(about | outcome(job.folder(args) / "ppo"), ensure_ascii=False)
+    """Append a finished variant's outcome to the data; of the paper's study all of it, with curves
+    and wins by person; of the frontier what SFT and the last step came to."""
+    found = outcome(job.folder(args) / "ppo")
+    if args.study == "paper":
+        found = {"groups": job.variant.groups} | found
+    else:
+        ends = {"sft": found["curve"][0], "ppo": found["curve"][-1]}
+        found = {"seed": job.seed, "train_kl": found["training"]["kl_per_token"][-1]} | {
+            name: {key: [round(x["value"], 5), round(x["se"], 5)]
+                   for key, x in end.items() if key != "step"} for name, end in ends.items()}
+    about = {"variant": job.variant.name, "flags": " ".join(job.changes(args))}
     path = Path(args.data)
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     with whole_file(path) as temporary:
-        temporary.write_text(f"{before}{row}\n", encoding="utf-8")
+        line = json.dumps(about | found, ensure_ascii=False)
+        temporary.write_text(f"{before}{line}\n", encoding="utf-8")
 
 
 def minutes(seconds):
@@ -193,56 +283,55 @@ def minutes(seconds):
 
 
 def study(args):
-    """Do what is not done -> exit status. Time left: the estimates, scaled by how long the finished
-    ones took here."""
+    """Do what is not done -> exit status."""
     lines = read_rows(args.data) if Path(args.data).is_file() else []
     order = jobs(args, lines)
     todo = [job for job in order if not job.finished(args, lines)]
-    print(f"{len(order)} trainings, {len(order) - len(todo)} of them done; about "
-          f"{minutes(sum(job.seconds(args) for job in todo))} on two quiet cores", flush=True)
+    print(f"{len(order)} trainings, {len(order) - len(todo)} of them done", flush=True)
     if args.dry_run:
         print(*(command_line(job, args) for job in todo), sep="\n")
         return 0
-    spent, expected, failed = 0.0, 0.0, []
-    for i, job in enumerate(todo):
-        start, name = time.time(), f"{i + 1:3}/{len(todo)} | {job.slug:32} {job.stage:6}"
-        if job.variant and (job.seed, None) in failed:
-            print(f"{name} | skipped: the models that it starts from failed", flush=True)
-            continue
-        if run(job, args):
-            result = "done"
-            if job.variant:
-                keep(job, args)
-        else:
-            result = f"FAILED, see {job.folder(args) / 'log.txt'}"
-            failed.append((job.seed, job.variant))
-        taken = time.time() - start
-        spent, expected = spent + taken, expected + job.seconds(args)
-        left = sum(later.seconds(args) for later in todo[i + 1:]) * spent / expected
-        print(f"{name} | {result} in {minutes(taken)} | left {minutes(left)}", flush=True)
-    return 1 if failed else 0
+    runner = Runner(args, todo)
+    with ThreadPoolExecutor(args.parallel) as pool:
+        threads = [pool.submit(runner.work) for _ in range(args.parallel)]
+        try:
+            for thread in threads:
+                thread.result()
+        except KeyboardInterrupt:
+            runner.stop()
+            raise
+    return 1 if runner.failed else 0
 
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="paper", help="what to run")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, start nothing")
-    parser.add_argument("--seeds", type=int, default=3,
-                        help="seeds 0, 1, ... of each variant (sweeps: seed 0 alone)")
+    parser.add_argument("--seeds", type=int, default=0,
+                        help="how many seeds (0: the study's; sweeps: the first alone)")
     parser.add_argument("--only", action="append", metavar="VARIANT",
-                        choices=[v.name for v in VARIANTS], help="this variant (may be repeated)")
-    parser.add_argument("--steps", type=int, default=48, help="PPO steps of each run")
-    parser.add_argument("--eval_every", type=int, default=12, help="PPO steps between evaluations")
+                        help="this variant (may be repeated)")
+    parser.add_argument("--more", default="", metavar="FLAGS",
+                        help="further flags of train.py for all PPO runs, to try it out")
     parser.add_argument("--base_steps", type=int, default=0,
                         help="steps of SFT and reward model, to try it out (0: the toy world's)")
-    parser.add_argument("--eval_data", help="evaluation file (none: the toy world's)")
-    parser.add_argument("--processes", type=int, default=2, help="processes of each training")
-    parser.add_argument("--out", default="runs/study", help="run folders")
-    parser.add_argument("--data", default=os.path.relpath(ROOT / "toy" / "study.jsonl"),
-                        help="outcomes, a JSON line per run")
+    parser.add_argument("--processes", type=int, default=1, help="processes of each training")
+    parser.add_argument("--parallel", type=int, default=2, help="trainings at one time")
+    parser.add_argument("--out", help="run folders (default: runs/STUDY)")
+    parser.add_argument("--data", help="outcomes, a JSON line per run (default: the committed "
+                                       "file of the study)")
     with mistakes_in_one_line("study.py"):
+        args = parser.parse_args(argv)
+        it = STUDIES[args.study]
+        args.out = args.out or f"runs/{args.study}"
+        args.data = args.data or os.path.relpath(ROOT / "toy" / it.data)
+        unknown = set(args.only or ()) - {v.name for v in it.variants}
+        if unknown:
+            raise InputError(f"--only {min(unknown)}: the variants are "
+                             f"{', '.join(v.name for v in it.variants)}")
         try:
-            return study(parser.parse_args(argv))
+            return study(args)
         except KeyboardInterrupt:
             print("\nstopped; the same command continues")
             return 130

@@ -115,7 +115,7 @@ PEOPLE = make_people()
 
 # ------------------------------------------------------------------------------------- instructions
 
-# Wordings of instructions, by the split that may use them: "val" and "test" are never trained on.
+# Wordings of instructions, by the split that may use them: only "train" is trained on.
 BIO = {
     "train": ("Tell me a bio of {name}.", "Who is {name}?", "Write about {name}.",
               "Tell me about {name}.", "What do you know about {name}?",
@@ -126,18 +126,22 @@ BIO = {
               "Tell me about the life of {name}."),
     "val": ("Tell me what you know about {name}.", "What do you know of {name}?"),
     "test": ("Tell me all you know about {name}.", "Give me all you know about {name}."),
+    "study": ("I want to know all about {name}.", "Write what you know about {name}."),
 }
 SEVERAL = {
     "train": ("Tell me about the {topics} of {name}.", "What are the {topics} of {name}?",
               "Write about the {topics} of {name}."),
     "val": ("What do you know about the {topics} of {name}?",),
     "test": ("I want to know about the {topics} of {name}.",),
+    "study": ("Write what you know about the {topics} of {name}.",
+              "Describe the {topics} of {name}."),
 }
 QUESTION = {
     "train": ("{question}?", "Tell me {clause}.", "What is the {topic} of {name}?",
               "I want to know {clause}."),
     "val": ("Do you know {clause}?",),
     "test": ("Can you tell me {clause}?",),
+    "study": ("I want you to tell me {clause}.",),
 }
 TOPICS = {a.topic: a.name for a in ATTRIBUTES.values()}
 
