@@ -283,8 +283,8 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
     """
     n = max(1, max_logits // head.weight.shape[0])
     if torch.is_grad_enabled() and ref is None and not head.weight.requires_grad:
-        logprobs = FrozenHeadLogprobs.apply(states, targets, head, banned_mask, n)
-        return TokenStats(logprobs, None, None, None)
+        return TokenStats(FrozenHeadLogprobs.apply(states, targets, head, banned_mask, n),
+                          None, None, None)
 
     def of_some(states, targets, ref_states):
         logits = masked_logits(head, states, banned_mask)                        # (n, V)
@@ -394,12 +394,12 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
     limits = max_new_tokens
     if not isinstance(limits, list):
         limits = [limits] * len(prompts)
+    prompts = [[int(i) for i in prompt] for prompt in prompts]
     check_generate(model, prompts, limits, temperature, top_p)
     if not prompts:
         return Samples([], [])
-    row_ids = range(len(prompts)) if row_ids is None else row_ids
-    longest = max(limits)
-    u = torch.stack([uniforms(seed, row, longest) for row in row_ids])
+    keys = row_ids or range(len(prompts))
+    u = torch.stack([uniforms(seed, key, max(limits)) for key in keys])
     pick = partial(sample, temperature=temperature, top_p=top_p)
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
     with eval_mode(model):
@@ -513,8 +513,7 @@ class Decoder:
         self.drawn = torch.zeros((N, M + 1), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((N, M + 1), device=device)
         self.count = torch.zeros_like(self.limits)             # (N,) ids drawn for each prompt
-        slots = max(len(p) + n for p, n in zip(prompts, limits))
-        self.cache = KVCache(B, slots, device)
+        self.cache = KVCache(B, max(len(p) + n for p, n in zip(prompts, limits)), device)
         self.state = model.norm.weight.new_zeros(B, model.config.dim)     # (B, D): what comes next
         self.which = torch.zeros(B, dtype=torch.int64, device=device)     # (B,) prompt of each row
         self.last = torch.zeros_like(self.which)                          # (B,) the id drawn last
