@@ -398,8 +398,7 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
     check_generate(model, prompts, limits, temperature, top_p)
     if not prompts:
         return Samples([], [])
-    keys = row_ids or range(len(prompts))
-    u = torch.stack([uniforms(seed, key, max(limits)) for key in keys])
+    u = torch.stack([uniforms(seed, row, max(limits)) for row in row_ids or range(len(prompts))])
     pick = partial(sample, temperature=temperature, top_p=top_p)
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
     with eval_mode(model):
