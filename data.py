@@ -308,7 +308,7 @@ def batch_indices(items, batch_size, seed, step):
 def even_batch_indices(lengths, batch_size, seed, step, blocks=8):
     """batch_indices with rows of similar length in a batch, so that little is padded: blocks of 8
     batches are sorted by length, cut into batches, and the batches shuffled."""
-    blocks = min(blocks, max(1, len(lengths) // batch_size))   # (or a batch would repeat its rows)
+    blocks = min(blocks, max(1, len(lengths) // batch_size))   # (or most batches would repeat rows)
     block = batch_indices(lengths, batch_size * blocks, seed, step // blocks)
     block = sorted(block, key=lengths.__getitem__)
     which = permutation(blocks, f"{seed} batches", step // blocks)[step % blocks]

@@ -19,6 +19,7 @@ Statistics
 * Standard errors and intervals come from resampling (bootstrap, 1000 times, seeded): of prompts,
   or, where several prompts ask about one person, as in the toy world, of persons with all their
   prompts - answers about one person err together.
+* KL is between the models' own distributions (temperature 1), along the answers as sampled.
 * Factual precision: supported / stated facts, all answers pooled (FActScore, Min et al., arXiv
   2305.14251), exact in the toy world.
 """
@@ -427,8 +428,10 @@ def instructions(path, form):
 
 
 def command_generate(args):
-    if args.output and (args.output == args.input or not Path(args.output).parent.is_dir()):
-        raise InputError(f"cannot write {args.output}: it is --input, or its folder does not exist")
+    if args.output and (args.output == args.input or not args.input
+                        or not Path(args.output).parent.is_dir()):
+        raise InputError(f"cannot write {args.output}: its folder does not exist, it is --input, "
+                         "or there is no --input")
     rows = [{"instruction": args.prompt}]
     if args.input:
         rows = instructions(args.input, args.format)

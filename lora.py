@@ -17,12 +17,12 @@ active is always explicit:
     with adapter(model, None): ...            # the reference, the same as outside of every `with`
 
 Departures from the paper's code, and why:
-1. A and B are float32 whatever the trunk's dtype: bf16 has 8 bits of mantissa, and at lr 1e-5 most
+* A and B are float32 whatever the trunk's dtype: bf16 has 8 bits of mantissa, and at lr 1e-5 most
    of A would never move (a step is smaller than half the spacing of the numbers). They are cast to
    the trunk's dtype in the forward.
-2. Dropout defaults to 0, and 0 means 0.
-3. Merging is an export function. Nothing is merged in place during training.
-4. With activation checkpointing, the backward recomputes each block after the `with` has closed.
+* Dropout defaults to 0, and 0 means 0.
+* Merging is an export function. Nothing is merged in place during training.
+* With activation checkpointing, the backward recomputes each block after the `with` has closed.
    The active name is captured in the forward and entered again (`recompute_context`); otherwise
    gradients would silently be the base's.
 """
@@ -151,13 +151,6 @@ def lora_parameters(model, name):
 
 
 @torch.no_grad()
-def copy_lora(model, source, target):
-    """Overwrite the adapter `target` with the values of `source` (same layers and r)."""
-    for p, q in zip(lora_parameters(model, target), lora_parameters(model, source), strict=True):
-        p.copy_(q)
-
-
-@torch.no_grad()
 def merge_lora(model, name):
     """W <- W + (alpha / r) B A in every layer, in float32, then drop the adapter. For export.
 
@@ -236,6 +229,8 @@ def read_adapter_config(folder):
              "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
     odd = [k for k, allowed in plain.items() if config.get(k) not in allowed]
     odd += [k for k in config if config[k] and k not in NEUTRAL]
+    if not isinstance(config.get("target_modules"), list):
+        odd.append("target_modules")
     if odd:
         raise InputError(f"{path}: {odd[0]} = {config.get(odd[0])} is not implemented here (plain "
                          "LoRA only)")

@@ -1,7 +1,7 @@
 """LLaMA: layers, log-probabilities, KV cache and sampler, files (Touvron et al., arXiv 2302.13971,
 2307.09288).
 
-This is the network that everything else trains or reads. It does not know that LoRA exists:
+This is the network that everything else trains or reads. Its layers do not know that LoRA exists:
 `lora.py` swaps some of its linear layers for layers that know.
 
 Legend   B batch, T tokens, V vocabulary, D width, H query heads, K key/value heads, d head width,
@@ -283,6 +283,7 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
     """
     n = max(1, max_logits // head.weight.shape[0])
     if torch.is_grad_enabled() and ref is None and not head.weight.requires_grad:
+        # (the usual case: an update under LoRA)
         return TokenStats(FrozenHeadLogprobs.apply(states, targets, head, banned_mask, n),
                           None, None, None)
 
@@ -516,7 +517,7 @@ class Decoder:
         self.state = model.norm.weight.new_zeros(B, model.config.dim)     # (B, D): what comes next
         self.which = torch.zeros(B, dtype=torch.int64, device=device)     # (B,) prompt of each row
         self.last = torch.zeros_like(self.which)                          # (B,) the id drawn last
-        self.done = torch.ones(B, dtype=torch.bool, device=device)        # (B,)
+        self.done = torch.ones(B, dtype=torch.bool, device=device)        # (B,) the place is free
 
     def run(self):
         """-> Samples."""
@@ -530,7 +531,7 @@ class Decoder:
                     break
                 if 8 * len(ended) >= len(self.done):           # fewer are not worth the copying
                     self.replace(ended)
-            self.draw()
+            self.draw()                        # an id in each row; then read it, at its position:
             self.longest += 1                  # an upper bound, without waiting for the GPU
             self.cache.make_visible(self.longest)
             read(len(self.done), self.cache.seen)

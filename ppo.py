@@ -127,8 +127,7 @@ def gae(rewards, values, response_mask, gamma, lam):
     V and A after the last True token are 0, EOS or not: the episode is over. lam = 0 is TD(0), lam
     = gamma = 1 Monte Carlo. rewards, values (B, R) -> advantages, returns (B, R), 0 in the padding,
     without gradient."""
-    rewards = torch.where(response_mask, rewards, 0.0).detach()
-    values = torch.where(response_mask, values, 0.0).detach()
+    rewards, values = rewards.detach(), torch.where(response_mask, values, 0.0).detach()
     advantages = torch.zeros_like(rewards)
     next_advantage = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -137,7 +136,7 @@ def gae(rewards, values, response_mask, gamma, lam):
         next_advantage = torch.where(response_mask[:, t], next_advantage, 0.0)
         next_value = values[:, t]
         advantages[:, t] = next_advantage
-    return advantages, torch.where(response_mask, advantages + values, 0.0)
+    return advantages, advantages + values
 
 
 def with_advantages(rollout, regularizer, kl_coef, missing_eos_penalty, gamma, lam, whiten_rewards):
@@ -166,8 +165,7 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip):
     All (B, R) -> scalar over the True positions, and detached stats: clip_frac (share of tokens
     whose gradient the clip has cut off), ratio_max and ratio_mean (of |ratio - 1|), approx_kl (k3
     of old against new, nats per token)."""
-    log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
-    advantages = torch.where(response_mask, advantages, 0.0)
+    log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)     # (stops NaN gradients)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
@@ -186,9 +184,7 @@ def value_loss(values, old_values, returns, response_mask, clip):
 
     All (B, R) -> scalar over the True positions, and detached stats: value_clip_frac,
     value_mean."""
-    values = torch.where(response_mask, values, 0.0)
-    old_values = torch.where(response_mask, old_values, 0.0)
-    returns = torch.where(response_mask, returns, 0.0)
+    values = torch.where(response_mask, values, 0.0)                         # (stops NaN gradients)
     near_old = old_values + (values - old_values).clamp(-clip, clip)
     plain, clipped = (values - returns).square(), (near_old - returns).square()
     loss = masked_mean(torch.maximum(plain, clipped), response_mask) / 2
@@ -204,8 +200,6 @@ def value_loss(values, old_values, returns, response_mask, clip):
 def explained_variance(values, returns, response_mask):
     """1 - Var(return - V) / Var(return): 1 a perfect critic, 0 one that says the mean, below 0 a
     harmful one."""
-    values = torch.where(response_mask, values, 0.0)
-    returns = torch.where(response_mask, returns, 0.0)
     error = masked_variance(returns - values, response_mask)
     return 1 - error / masked_variance(returns, response_mask).clamp(min=1e-8)
 

@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import length_mask, micro_batches, pack, response_places
-from lora import (adapter, add_lora, copy_lora, describe, load_lora, lora_parameters, merge_lora,
-                  save_lora)
+from lora import adapter, add_lora, describe, load_lora, lora_parameters, merge_lora, save_lora
 from model import (InputError, TokenStats, ban_mask, empty_llama, eval_mode, fill, fingerprint,
                    hf_config, hf_config_json, hf_name, load_llama, read_json, response_logprobs,
                    save_weights, tensor_readers, weight_readers, write_json)
@@ -205,14 +204,15 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
     add_lora(policy, "policy", rank, alpha, dropout)
     if critic is policy:
         add_lora(critic, "value", **describe(critic, "reward") | {"dropout": dropout})
-        copy_lora(critic, "reward", "value")
+        load_lora(critic, "value", reward_path)
     else:
         add_lora(critic, "value", rank, alpha, dropout)
     return ActorCritic(policy, "policy", critic, "value", banned_mask), reward_model
 
 
 def load_critic(model_path, reward_path, device):
-    """A trunk in float32 that computes what the reward model does, an adapter of it merged."""
+    """A trunk in float32 with the reward model's states, an adapter of it merged. (The critic's own
+    head starts at 0.)"""
     trunk = load_llama(model_path, device) if is_adapter(reward_path) else None
     model = load_reward_model(reward_path, device, trunk=trunk)
     if model.adapter_name:

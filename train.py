@@ -15,10 +15,11 @@ Departures from the paper's code (numbers as in the README):
    tokens; one clip and one optimiser step per minibatch. (The paper's code steps on each of 8
    reuses of the same 16 sequences.)
 5. No dropout in the update by default; with it, old_logprobs are taken without.
-6. Token in, token out: the reward model scores the ids that were sampled.
+6. Ids in, ids out: the reward model scores what was sampled, and EOS is looked for in ids.
 11. Checkpoints hold all that a resumed run needs, the first learning rate is above 0, logged KL is
-   not clamped, logged gradient norms are from before the clipping. Policy and critic are clipped
-   apart: they share no parameter.
+   not clamped, logged gradient norms are from before the clipping.
+Beside these: policy and critic, which share no parameter, are clipped apart.
+
 Every random number is a function of (seed, step, row or epoch): no generator's state has to be
 saved, and results depend neither on the number of processes nor on where a run was interrupted.
 (The masks of dropout, if there is any, belong to a process and its micro-batches as well.)
@@ -142,7 +143,8 @@ class PPOConfig(Common):
     lam: float = knob(0.95, "lambda of GAE")
     clip: float = knob(0.2, "PPO's clip range of the ratio")
     value_clip: float = knob(0.2, "clip range of the value around its old value")
-    vf_coef: float = knob(0.1, "weight of the value loss")
+    vf_coef: float = knob(0.1, "weight of the value loss; acts through --max_grad_norm alone: "
+                             "Adam divides the critic's own scale out")
     whiten_rewards: bool = knob(False, "divide rewards by their standard deviation (no shift)")
     regularizer: str = knob("kl", "penalty for leaving the reference",
                             choices=("none", *(SAMPLED | EXACT)))
@@ -267,6 +269,10 @@ def parse(argv):
             if not values.get(name):
                 raise InputError(f"--stage {stage} with --model needs --{name}")
         configs[one] = STAGES[one](**values)
+    for name in given:
+        known = name.partition("_")[0] in configs or any(hasattr(c, name) for c in configs.values())
+        if not known:
+            say(f"note: --{name} does nothing with --stage {stage}")
     missing = {"eval": "ppo"}.get(redo, redo) not in configs
     if redo and missing or redo == "eval" and not configs["ppo"].eval_data:
         raise InputError(f"--redo {redo} does not go with --stage {stage}, or lacks --eval_data")
@@ -276,8 +282,9 @@ def parse(argv):
 # ------------------------------------------------------------------------------------ run folder
 
 class Run:
-    """The folder of one stage: config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, the
-    result, and finished.json. Paths are stored as seen from it; what is compared is the content."""
+    """The folder of one stage: config.json, metrics.jsonl, samples.jsonl, evals.jsonl,
+    checkpoint.pt, the result, finished.json, and eval.json. Paths are stored as seen from it; what
+    is compared is the content."""
 
     def __init__(self, stage, folder, cfg):
         self.stage, self.folder, self.cfg = stage, folder, cfg
@@ -310,6 +317,7 @@ class Run:
         other = []
         for name, value in self.settings.items():
             was = before.get(name)
+            # (a path may be another: what lies there is compared as content)
             may_move = name in PATHS and not (self.finished and name in ("model", "reward"))
             if bool(was) != bool(value) or was != value and not may_move:
                 other.append(f"{name} {was!r} (now {value!r})")
@@ -481,7 +489,7 @@ class Stopper:
 
     def note(self, number, _):
         self.signal = number
-        self.__exit__("asked to stop")
+        self.__exit__("asked to stop")                   # (from now on a signal ends the process)
 
     def __exit__(self, error, *_):
         for number, handler in self.before.items():
@@ -528,13 +536,13 @@ def set_learning_rate(optimizer, *args):
 
 def accumulate(ddp, batch, length, weight, size, loss_of, *key):
     """True accumulation: gradients of the mean loss of a global batch, of which this process takes
-    its share, `size` items at a time -> a row of statistics per micro-batch.
+    its share, `size` items of similar length at a time -> a row of statistics per micro-batch.
 
-    weight(item): how many terms of the mean it brings ("tokens"). loss_of(ddp, items) -> the mean
-    over their own n terms, statistics. Weighted n * world_size / n_global, the sum over
-    micro-batches and DDP's average over processes are the mean over all n_global terms. Gradients
-    travel once, with the last micro-batch. key: of dropout's masks, which belong to the process and
-    the micro-batch as well."""
+    length(item): in tokens. weight(item): how many terms of the mean it brings ("tokens").
+    loss_of(ddp, items) -> the mean over their own n terms, statistics. Weighted n * world_size /
+    n_global, the sum over micro-batches and DDP's average over processes are the mean over all
+    n_global terms. Gradients travel once, with the last micro-batch. key: of dropout's masks, which
+    belong to the process and the micro-batch as well."""
     table, n_global = [], sum(map(weight, batch))
     groups = micro_batches(batch, length, size, rank(), world_size())
     for i, items in enumerate(groups):
@@ -862,7 +870,8 @@ def save_policy(net, folder, base_model, tokenizer):
     if net.policy_adapter:
         save_lora(net.policy, net.policy_adapter, folder, base_model)
     else:
-        save_llama(net.policy, folder, eos_token_id=tokenizer.eos_id)
+        save_llama(net.policy, folder, bos_token_id=tokenizer.bos_id,
+                   eos_token_id=tokenizer.eos_id)
     return folder
 
 
@@ -951,7 +960,7 @@ def carry_out(command):
     later = list(STAGES)[list(STAGES).index(command.redo):] if command.redo in STAGES else []
     for stage, run in runs.items():
         run.check(redone=stage in later)
-    # (what comes after a stage that is to be run is made anew, or refused as made from another)
+    # (what has been made from a stage that is to be run is set aside, too, and made again)
     todo = list(itertools.dropwhile(lambda s: s not in later and runs[s].finished, runs))
     again = "ppo" in todo or command.redo == "eval"
     evaluating = "ppo" in runs and to_evaluate(runs["ppo"], again)
@@ -962,8 +971,9 @@ def carry_out(command):
 
     def make_room():
         held.append(hold(Path(command.out)))
-        for stage in reversed(later):
-            set_aside(command.folders[stage])
+        for stage in reversed(STAGES):
+            if stage in later or stage in todo and runs[stage].finished:
+                set_aside(command.folders[stage])
         if evaluating:
             set_aside(runs["ppo"].folder / "eval.json")
         if not Path(command.out).exists():            # --out itself was set aside

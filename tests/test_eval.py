@@ -370,6 +370,7 @@ BAD = [
     (["generate", "RUN", "--input=IN", "--output=DIR/no/such.json"], "its folder does not exist"),
     (["generate", "RUN"], "--prompt --input is required"),
     (["generate", "RUN", "--prompt=x", "--input=IN"], "not allowed with"),
+    (["generate", "RUN", "--prompt=x", "--output=DIR/a.json"], "there is no --input"),
     (["generate", "RUN", "--prompt=x", "--tempreature=0"], "unrecognized arguments"),
     (["generate", "RUN", "--prompt=x", "--tokenizer=OTHER"], "these are different tokenizers"),
     (["generate", "RUN", "--prompt=x", "--adapter=DIR/no"], "DIR/no has no adapter_model"),

@@ -498,17 +498,20 @@ def test_one_stage_alone_is_done_again_with_those_that_build_on_it(toy_run, tmp_
     assert sorted(p.name for p in out.iterdir()) == ["ppo.1", "reward.1", "sft", "sft.1"]
 
 
-def test_a_reward_model_does_not_outlive_the_model_that_it_was_made_from(toy_run, tmp_path, capsys):
-    """Somebody deletes the SFT model and makes another: reward model and policy of the old one,
-    which stand there as finished, are not taken for the new one's."""
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_reward_model_does_not_outlive_the_model_that_it_was_made_from(toy_run, tmp_path, steps):
+    """Somebody deletes the SFT model and makes another, or the same once more: reward model and
+    policy of the old one, which stand there as finished, are neither taken for the new one's nor
+    written over."""
     out = tmp_path / "run"
     shutil.copytree(toy_run / "run", out)
     shutil.rmtree(out / "sft")
-    error = one_line(capsys, toy_flags(out, toy_run, sft_steps=2))
-    assert "reward was made with other content of model" in error and "--redo reward" in error
-    train.main(toy_flags(out, toy_run, sft_steps=2, redo="reward"))
+    before = files_of(out)
+    train.main(toy_flags(out, toy_run, sft_steps=steps))
+    after = files_of(out)
+    for path, content in before.items():
+        assert after[Path(f"{path.parts[0]}.1", *path.parts[1:])] == content, path
     load_run(out / "ppo")
-    assert (out / "reward.1" / "finished.json").is_file() and (out / "ppo.1").is_dir()
 
 
 def test_redo_of_the_evaluation_keeps_the_policy_and_the_old_answers(toy_run, tmp_path):
@@ -697,6 +700,15 @@ def test_plain_flags_belong_to_the_named_stage():
     alone = train.parse(["--model=x", "--stage=ppo", "--reward=y", "--prompts=z"])
     assert alone.configs["ppo"] == train.PPOConfig(model="x", reward="y", prompts="z",
                                                    tokenizer="x/tokenizer.model")
+
+
+def test_a_flag_that_does_nothing_here_is_named(capsys):
+    """A setting of another stage, given where only one is run, would be lost in silence."""
+    train.parse(["--stage=sft", "--kl_coef=0.3", "--reward_lr=1", "--lr=1", "--sft_steps=3"])
+    assert capsys.readouterr().out == ("note: --kl_coef does nothing with --stage sft\n"
+                                       "note: --reward_lr does nothing with --stage sft\n")
+    train.parse(["--lr=1", "--sft_lr=1", "--epochs=2", "--prompts=x", "--preference_data=y"])
+    assert capsys.readouterr().out == ""
 
 
 def test_help_shows_every_setting_with_its_default(capsys):
