@@ -3,7 +3,7 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -186,6 +186,25 @@ def test_ragged_micro_batches_add_up_to_one_batch(one_process):
         loss, gradient = loss_and_gradient(size)
         assert loss == pytest.approx(whole_loss, abs=1e-6)
         assert (gradient - whole).abs().max() <= 1e-6
+
+
+def test_gradients_travel_between_processes_once_per_batch():
+    """Of three micro-batches the first two add up where they are (no_sync), and the last one takes
+    all along: a third of the traffic."""
+    done = []
+
+    @contextmanager
+    def no_sync():
+        done.append("stays")
+        yield
+        done.append("added")
+
+    def loss_of(ddp, items):
+        done.append(items)
+        return torch.zeros((), requires_grad=True), {}
+
+    train.accumulate(SimpleNamespace(no_sync=no_sync), [1, 2, 3], int, int, 1, loss_of)
+    assert done == ["stays", [1], "added", "stays", [2], "added", [3]]
 
 
 @pytest.mark.parametrize("size", [1, 8])
