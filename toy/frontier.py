@@ -249,7 +249,7 @@ def draw(figure, found, key, label):
                 axis.plot(x, y, color=COLOURS[i], marker=MARKERS[i], markersize=2.5, linewidth=0.7,
                           linestyle=":")
         axis.set_title(penalty.replace(" in the", "\nin the"), fontsize="medium")
-        axis.set_xticks([math.sqrt(kl) for kl in (0.1, *DISTANCES, 0.9)], [0.1, *DISTANCES, 0.9])
+        axis.set_xticks([math.sqrt(kl) for kl in (*DISTANCES, 0.9)], [*DISTANCES, 0.9])
     figure.supxlabel("KL from SFT, nats per token, on a square-root scale (dotted: the other "
                      "penalties' means)", fontsize="medium")
     figure.supylabel(label, fontsize="medium")
