@@ -168,7 +168,7 @@ def test_a_step_of_ppo_on_another_device(tiny, elsewhere, reward, flags):
     step: what is logged of two steps is what the CPU logs, to rounding."""
     command = train.parse([
         "--stage=ppo", f"--model={tiny / 'sft'}", f"--reward={tiny / reward}", "--prompts=-",
-        "--rollout_batch=4", "--minibatch=4", "--micro_batch=2", "--ppo_epochs=1",
+        "--rollout_batch=4", "--minibatch=2", "--micro_batch=1", "--ppo_epochs=1",
         "--response_len=6", "--dtype=float32", "--lora_alpha=16", *flags])
     cfg, tokenizer = command.configs["ppo"], Tokenizer(tiny / "sft" / "tokenizer.model")
     banned_ids = tokenizer.banned_ids(tokenizer.vocab_size)

@@ -938,7 +938,7 @@ def test_what_a_row_samples_does_not_depend_on_its_batch_mates(tmp_path):
     for rank in (0, 1):
         share = generate(model, prompts[rank::2], 100, seed=4, row_ids=range(rank, 32, 2))
         assert share == whole[rank::2]
-    assert generate(model, prompts, 100, seed=4, row_ids=[*range(32)]) == whole
+    assert generate(model, prompts, 100, seed=4, row_ids=torch.arange(32)) == whole
 
 
 def test_what_cannot_be_generated_is_refused_in_one_line(tmp_path):

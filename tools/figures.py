@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import sys
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 
@@ -166,13 +167,20 @@ def over_seeds(results):
             "seeds": K}
 
 
+@lru_cache
+def half_student(df):
+    """|T| of Student's t with df degrees of freedom as angles, t = sqrt(df) tan(angle), in which
+    its density is cos(angle)^(df - 1) -> angles, P(|T| up to there)."""
+    angle = numpy.linspace(0, math.pi / 2, 100001)
+    mass = (numpy.cos(angle).clip(0) ** (df - 1)).cumsum()
+    return angle, mass / mass[-1]
+
+
 def student_quantile(df):
-    """97.5 % quantile of Student's t with df degrees of freedom. With t = sqrt(df) tan(angle) the
-    density is cos(angle)^(df - 1), summed on a grid."""
+    """97.5 % quantile of Student's t with df degrees of freedom."""
     df = min(df, 1e4)
-    angle = torch.linspace(0, math.pi / 2, 100001, dtype=torch.float64)
-    mass = (angle.cos().clamp(min=0) ** (df - 1)).cumsum(0)
-    return df ** 0.5 * math.tan(angle[torch.searchsorted(mass, 0.95 * mass[-1])])
+    angle, mass = half_student(df)
+    return df ** 0.5 * math.tan(numpy.interp(0.95, mass, angle))
 
 
 def difference(runs, base):

@@ -13,7 +13,6 @@ are Student's over seeds, K - 1 degrees of freedom.
 import math
 import os
 import sys
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -25,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 from data import read_rows  # noqa: E402
 from eval import Parser, mistakes_in_one_line  # noqa: E402
 from toy.study import PENALTIES  # noqa: E402
-from tools.figures import COLOURS, MARKERS, panels  # noqa: E402
+from tools.figures import (COLOURS, MARKERS, half_student, panels,  # noqa: E402
+                           student_quantile)
 
 KL, WIN, PRECISION = "kl_per_token", "win_reference", "precision_obscure"
 DISTANCES = (0.15, 0.3, 0.5)         # nats per token, named before the runs
@@ -57,27 +57,16 @@ def fitted(points, kl):
     return float(numpy.polyval(numpy.polyfit(x, y, 2), math.sqrt(kl)))
 
 
-def student(differences, level=0.95):
-    """Paired differences, one per seed -> mean, interval, two-sided p value of "the mean is 0", and
-    their number; None for fewer than two."""
+def student(differences):
+    """Paired differences, one per seed -> mean, 95 % interval, two-sided p value of "the mean is
+    0", and their number; None for fewer than two."""
     n = len(differences)
     if n < 2:
         return None
     mean, error = fmean(differences), stdev(differences) / math.sqrt(n)
-    angle, mass = half_student(n - 1)
-    reach = math.sqrt(n - 1) * math.tan(numpy.interp(level, mass, angle)) * error
+    reach = student_quantile(n - 1) * error
     return {"mean": mean, "low": mean - reach, "high": mean + reach, "n": n,
             "p": p_value(mean / error, n - 1) if error else 0.0}
-
-
-@lru_cache
-def half_student(df):
-    """|T| of Student's t as angles, t = sqrt(df) tan(angle), in which its density is cos^(df - 1)
-    -> angles, P(|T| up to there)."""
-    angle = numpy.linspace(0, math.pi / 2, 200001)
-    density = numpy.cos(angle).clip(0) ** (df - 1)
-    mass = numpy.concatenate([[0], ((density[1:] + density[:-1]) / 2).cumsum()])
-    return angle, mass / mass[-1]
 
 
 def p_value(t, df):
@@ -232,26 +221,28 @@ def draw(figure, found, key, label):
     for penalty in found:
         values = [list(at_distance(found, penalty, key, kl).values()) for kl in DISTANCES]
         means[penalty] = [student(v) for v in values]
-    for axis, (penalty, seeds) in zip(panels(figure, len(found)), found.items()):
+    axes = panels(figure, len(found))
+    for axis, (penalty, seeds) in zip(axes, found.items()):
         for seed, rows in seeds.items():
             points = sorted(curve(rows, key))
             axis.plot([math.sqrt(kl) for kl, _ in points], [y for _, y in points], linewidth=0.6,
                       marker=".", markersize=2, color="#AAAAAA",
-                      label="seeds" if seed == min(seeds) else None)
+                      label="single seeds" if seed == min(seeds) else None)
         for i, (other, stats) in enumerate(means.items()):
             there = [(math.sqrt(kl), s) for kl, s in zip(DISTANCES, stats) if s]
             x, y = [x for x, _ in there], [s["mean"] for _, s in there]
             if other == penalty:
                 reach = [s["high"] - s["mean"] for _, s in there]
                 axis.errorbar(x, y, reach, color=COLOURS[i], marker=MARKERS[i], markersize=4,
-                              linewidth=1.4, capsize=2, label="mean, 95 % interval")
+                              linewidth=1.4, capsize=2, label=other)
             else:
                 axis.plot(x, y, color=COLOURS[i], marker=MARKERS[i], markersize=2.5, linewidth=0.7,
-                          linestyle=":")
+                          linestyle=":", label=other)
         axis.set_title(penalty.replace(" in the", "\nin the"), fontsize="medium")
         axis.set_xticks([math.sqrt(kl) for kl in (*DISTANCES, 0.9)], [*DISTANCES, 0.9])
-    figure.supxlabel("KL from SFT, nats per token, on a square-root scale (dotted: the other "
-                     "penalties' means)", fontsize="medium")
+    figure.supxlabel("KL from SFT, nats per token, on a square-root scale; bars: 95 % interval of "
+                     "the mean over seeds; dotted: the other penalties' means", fontsize="medium")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.supylabel(label, fontsize="medium")
 
 
