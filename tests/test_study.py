@@ -73,7 +73,8 @@ def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, capsys):
     read, not run again. Other outcomes in the file stay as they are."""
     rows = json.loads((ROOT / "toy" / "test.json").read_text())[:4]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    data, more = tmp_path / "data" / "study.jsonl", f"--steps 1 --eval_data {tmp_path}/rows.json"
+    data = tmp_path / "data" / "study.jsonl"
+    more = f"--steps 1 --rollout_batch 8 --minibatch 8 --eval_data {tmp_path}/rows.json"
     args = ["--seeds=1", "--only=kl", "--base_steps=1", f"--out={tmp_path / 'runs'}",
             f"--data={data}"]
 
