@@ -4,6 +4,7 @@ frontier."""
 import json
 import math
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,45 +12,91 @@ import pytest
 import train
 from conftest import ROOT
 from eval import read_json
-from toy import frontier, study
+from toy import best_of_n, frontier, study
 
 
 def arguments(which, **more):
-    return SimpleNamespace(**dict(study=which, seeds=0, only=None, base_steps=0, more="",
-                                  processes=1, parallel=2, out="runs/none_such",
+    return SimpleNamespace(**dict(study=which, seeds=None, only=None, base_steps=0, more="",
+                                  parallel=2, out="runs/none_such",
                                   data="runs/none_such/data.jsonl") | more)
 
 
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    """Outcomes of the grid of learning rates and coefficients, all alike."""
+    rows = [{"variant": job.variant.name, "seed": job.seeds[-1],
+             "ppo": {"win_reference": [0.5, 0.0]}} for job in study.rates().plan]
+    (tmp_path / "toy").mkdir()
+    path = tmp_path / "toy" / "rates.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    return path, rows
+
+
 @pytest.mark.parametrize("which", study.STUDIES)
-def test_no_two_variants_are_the_same_run(which):
+def test_no_two_variants_are_the_same_run(which, grid):
     """Each variant's flags are ones that train.py takes, and differ from each other in effect, not
-    only in spelling: a sweep over rank that repeats the default would be counted twice."""
-    args, variants = arguments(which), study.STUDIES[which].variants
-    jobs = [study.Job(0, "ppo", variant) for variant in variants]
-    configs = [train.parse(job.flags(args)).configs["ppo"] for job in jobs]
-    folder = str(jobs[0].folder(args))
-    alike = [repr(config).replace(str(job.folder(args)), folder)
-             for config, job in zip(configs, jobs)]
-    assert len(set(alike)) == len({job.slug for job in jobs}) == len(variants)
+    only in spelling: a sweep over rank that repeats the default would be counted twice. (Where
+    spread comes from is measured by runs that differ in a seed or in their processes alone.)"""
+    args, plan, found = arguments(which), study.STUDIES[which]().plan, set()
+    variants = {job.variant.name: job for job in reversed(plan)}        # (each with its first seed)
+    for job in variants.values():
+        config = train.parse(job.flags(args)).configs["ppo"]
+        # KL and answers are of one distribution
+        assert which == "paper" or config.eval_temperature == 1.0
+        alike = repr(config).replace(str(job.folder(args)), "").replace(f"={job.seeds[-1]},", "=,")
+        found.add((alike, job.seeds, job.variant.processes))
+    assert len(found) == len(variants)
+    assert len({job.slug for job in plan}) == len(plan)
     if which == "paper":                                            # "kl" is the default run
+        folder = plan[0].folder(args)
         default = train.parse(["--stage=ppo", f"--out={folder}", "--steps=48", "--eval_every=12"])
-        assert configs[0] == default.configs["ppo"]
-    else:                                              # KL and answers are of one distribution
-        assert {config.eval_temperature for config in configs} == {1.0}
+        assert train.parse(plan[0].flags(args)).configs == default.configs
 
 
-def test_seed_by_seed_and_sweeps_have_one_seed():
-    """Stopped at any time, a study has compared what it has run. The paper's: 13 variants of three
-    seeds, 8 of one. The frontier's: 30 runs of six seeds that no setting was chosen with."""
-    args = arguments("paper")
-    order = study.jobs(args, [])
-    assert [job.seed for job in order] == sorted(job.seed for job in order)
-    assert sum(job.stage == "ppo" for job in order) == 47 and len(order) == 53
-    assert all(job.seed == 0 for job in order if job.variant in study.SWEEPS)
-    assert [job.stage for job in order if job.seed == 1][:3] == ["sft", "reward", "ppo"]
-    order = study.jobs(arguments("frontier"), [])
-    assert sorted({job.seed for job in order}) == [10, 11, 12, 13, 14, 15]
-    assert len(order) == 6 * (30 + 2)
+def test_the_plans(grid):
+    """Stopped at any time, a study has compared what it has run: seed by seed, the SFT and the
+    reward model of a seed before what starts from them. The seeds are those that were announced:
+    0 to 2 of the paper's (its sweeps have one), then fresh ones."""
+    plans = {which: study.jobs(arguments(which), []) for which in study.STUDIES}
+    runs = {which: [job for job in plan if job.stage == "ppo"] for which, plan in plans.items()}
+    assert {which: (len(runs[which]), len(plans[which])) for which in runs} == {
+        "paper": (47, 53), "frontier": (180, 192), "rates": (48, 52), "need": (64, 112),
+        "ranks": (54, 66), "context": (33, 49)}
+    for which in ("paper", "frontier", "rates", "need", "ranks"):
+        seeds = [job.seeds[-1] for job in plans[which]]
+        assert seeds == sorted(seeds) and all(len(set(job.seeds)) == 1 for job in plans[which])
+    for plan in plans.values():
+        assert all(job.needs() in (None, *plan[:i]) for i, job in enumerate(plan))
+    seeds = {which: {job.seeds[-1] for job in plan} for which, plan in plans.items()}
+    assert seeds["paper"] == {0, 1, 2} and seeds["rates"] == {90, 91}
+    assert seeds["frontier"] == seeds["ranks"] == set(range(10, 16))
+    assert seeds["need"] == set(range(10, 34))
+    lora = [job for job in runs["need"] if "LoRA" in job.variant.name]
+    assert len(lora) == 48 and len({job.seeds for job in lora}) == 24
+    # where spread comes from: one thing at a time is another than in the run with all seeds 10
+    for job in runs["context"][-15:]:
+        changed = sum(seed != 10 for seed in job.seeds) + (job.variant.processes > 1)
+        assert changed == 1
+
+
+def test_the_settings_of_question_two_are_the_best_of_their_grid(grid):
+    """The mean over both seeds counts, ties go to the smaller, and each cell chooses for itself;
+    nothing is chosen from half a grid."""
+    path, rows = grid
+    assert study.chosen("LoRA without").split()[-2:] == ["--lr", "1e-3"]
+    wins = {("LoRA with KL, lr 2e-3, 0.1", 90): 0.9, ("LoRA with KL, lr 2e-3, 0.1", 91): 0.4,
+            ("LoRA with KL, lr 4e-3, 0.2", 90): 0.7, ("LoRA with KL, lr 4e-3, 0.2", 91): 0.7,
+            ("LoRA without, lr 4e-3", 90): 0.6, ("LoRA without, lr 1e-3", 91): 0.6}
+    for row in rows:
+        row["ppo"]["win_reference"][0] = wins.get((row["variant"], row["seed"]), 0.5)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert study.chosen("LoRA with KL") == "--regularizer kl --lr 4e-3 --kl_coef 0.2"
+    assert study.chosen("LoRA without") == "--regularizer none --lr 1e-3"
+    assert study.chosen("all weights with KL").endswith("--lr 1.5e-4 --kl_coef 0.05")
+    path.write_text("\n".join(map(json.dumps, rows[:-1])))
+    with pytest.raises(study.InputError, match="whole grid"):
+        study.chosen("all weights without")
 
 
 def test_the_committed_outcomes_are_those_of_the_plan(capsys):
@@ -58,16 +105,13 @@ def test_the_committed_outcomes_are_those_of_the_plan(capsys):
     with its flags."""
     assert study.main(["--dry_run"]) == 0
     assert "47 trainings, 47 of them done" in capsys.readouterr().out
-    assert study.main(["--dry_run", "--seeds=4", "--only=kl", "--only=rank 1"]) == 0
-    todo = capsys.readouterr().out.splitlines()[1:]
-    assert len(todo) == 3 and all("--seed 3" in line for line in todo)
     assert study.main(["frontier", "--dry_run"]) == 0
     with pytest.raises(SystemExit):
         study.main(["--only=k1"])
     assert "--only k1: the variants are kl, none" in capsys.readouterr().err
 
 
-def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, capsys):
+def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, monkeypatch, capsys):
     """One variant, cut down to a step of everything: SFT, reward model, PPO, outcome. The outcome
     alone is enough to skip all of it, on another machine say; without it the finished run folder is
     read, not run again. Other outcomes in the file stay as they are."""
@@ -75,7 +119,7 @@ def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, capsys):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     data = tmp_path / "data" / "study.jsonl"
     more = f"--steps 1 --rollout_batch 8 --minibatch 8 --eval_data {tmp_path}/rows.json"
-    args = ["--seeds=1", "--only=kl", "--base_steps=1", f"--out={tmp_path / 'runs'}",
+    args = ["--seeds=0", "--only=kl", "--base_steps=1", f"--out={tmp_path / 'runs'}",
             f"--data={data}"]
 
     def start(*words, more=more):
@@ -83,7 +127,8 @@ def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, capsys):
 
     _, plan = start("--dry_run")
     assert plan.count("train.py --stage") == 3
-    assert f"cp -r {tmp_path}/runs/seed0 {tmp_path}/runs/kl_seed0" in plan
+    base, folder = tmp_path / "runs" / "seed0", tmp_path / "runs" / "kl_seed0"
+    assert f"cp -r {base}/sft {base}/reward {folder} && " in plan
     assert not (tmp_path / "runs").exists()
     status, out = start()
     assert status == 0 and out.count(" done in ") == 3, out
@@ -102,7 +147,7 @@ def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, capsys):
     assert start()[0] == 0 and data.read_text() == other + line
     assert "ppo: finished" in log.read_text() and "step " not in log.read_text()
     # what the frontier keeps of such a run
-    job = study.Job(0, "ppo", study.PAPER[0])
+    job = study.Job((0, 0, 0), study.PAPER[0])
     study.keep(job, arguments("frontier", out=tmp_path / "runs", data=tmp_path / "frontier.jsonl"))
     kept = json.loads((tmp_path / "frontier.jsonl").read_text())
     for end, row in (("sft", found["curve"][0]), ("ppo", found["curve"][-1])):
@@ -112,6 +157,15 @@ def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, capsys):
     records = read_json(tmp_path / "runs" / "kl_seed0" / "ppo" / "eval.json")["records"]
     tokens = [record["after"]["tokens"] for record in records]
     assert kept["ppo"]["tokens"][0] == pytest.approx(sum(tokens) / 4, abs=1e-5)
+    # best-of-n from the same models: its score never falls with n, and one answer is SFT's own
+    monkeypatch.setattr(best_of_n, "LARGEST", 5)
+    lines = list(best_of_n.best_of_n(tmp_path / "runs" / "kl_seed0" / "ppo", 0,
+                                     tmp_path / "rows.json"))
+    assert [line["variant"] for line in lines] == ["best of n, 1", "best of n, 2", "best of n, 4"]
+    scores = [line["ppo"]["score"][0] for line in lines]
+    assert scores == sorted(scores) and scores[0] < scores[-1]
+    kl = [line["ppo"]["kl_per_sequence"][0] for line in lines]
+    assert kl == pytest.approx([0, 0.19315, 0.63629], abs=1e-5)             # log n - (n - 1) / n
 
 
 def test_a_failed_training_is_named_and_the_study_goes_on(tmp_path, monkeypatch, capsys):
@@ -120,14 +174,14 @@ def test_a_failed_training_is_named_and_the_study_goes_on(tmp_path, monkeypatch,
     def run(job, args, busy):
         name = job.variant.name if job.variant else None
         assert job.needs() is None or job.needs() in ended
-        tried.append((job.seed, job.stage, name))
+        tried.append((job.seeds[-1], job.stage, name))
         ended.append(job)
-        return not (job.seed == 1 and job.stage == "sft" or name == "none")
+        return not (job.seeds == (1,) or name == "none")
 
     tried, kept, ended = [], [], []
     monkeypatch.setattr(study, "run", run)
-    monkeypatch.setattr(study, "keep", lambda job, args: kept.append((job.seed, job.variant.name)))
-    args = ["--seeds=2", "--only=kl", "--only=none", f"--out={tmp_path}",
+    monkeypatch.setattr(study, "keep", lambda job, args: kept.append((job.seeds[-1], job.variant.name)))
+    args = ["--seeds", "0", "1", "--only=kl", "--only=none", f"--out={tmp_path}",
             f"--data={tmp_path / 'study.jsonl'}"]
     assert study.main(args) == 1
     assert kept == [(0, "kl")] and (1, "ppo", "kl") not in tried
@@ -181,11 +235,21 @@ def test_holms_adjustment():
     assert frontier.holm([0.9, 0.6, 0.001]) == pytest.approx([1.0, 1.0, 0.003])
 
 
-def outcome(penalty, coefficient, seed, kl, win):
+def test_wilsons_interval():
+    """By hand, 0 of 8: from 0 to z^2 / (8 + z^2); 4 of 8: 1/2 +- z sqrt(8 / 4 + z^2 / 4) / (8 + z^2),
+    which is 21.5 to 78.5 %."""
+    assert frontier.wilson(0, 8) == pytest.approx((0, 3.8416 / 11.8416), abs=1e-9)
+    assert frontier.wilson(4, 8) == pytest.approx((0.2152, 0.7848), abs=1e-4)
+
+
+def outcome(name, seed, kl, win, **more):
     ends = {"win_reference": win, "win_before": 0.5, "annotator": 3, "score": 1, "tokens": 12,
-            "precision_obscure": 1 - kl, "kl_per_token": kl}
-    return {"variant": f"{penalty}, {coefficient}", "seed": seed,
-            "ppo": {key: [value, 0.0] for key, value in ends.items()}}
+            "precision_obscure": 1 - kl, "kl_per_token": kl, "kl_per_sequence": 10 * kl} | more
+    return {"variant": name, "seed": seed, "ppo": {key: [x, 0.0] for key, x in ends.items()}}
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
 
 
 def test_penalties_are_compared_where_both_went_equally_far(tmp_path, capsys):
@@ -194,18 +258,76 @@ def test_penalties_are_compared_where_both_went_equally_far(tmp_path, capsys):
     kl, paper = "kl in the reward", "paper's jensen_shannon in the reward"
     rows = []
     for seed, most in ((10, 0.9), (11, 0.4)):
-        rows += [outcome(kl, c, seed, d, 0.4 + 0.3 * math.sqrt(d))
+        rows += [outcome(f"{kl}, {c}", seed, d, 0.4 + 0.3 * math.sqrt(d))
                  for c, d in ((0.36, 0.1), (0.1, 0.2), (0.03, 0.9))]
-        rows += [outcome(paper, c, seed, d, 0.3 + 0.3 * math.sqrt(d))
+        rows += [outcome(f"{paper}, {c}", seed, d, 0.3 + 0.3 * math.sqrt(d))
                  for c, d in ((6.4, 0.1), (2.8, 0.2), (0.1, most))]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = frontier.load(tmp_path / "rows.jsonl")
+    write(tmp_path / "frontier.jsonl", rows)
+    found = frontier.load(tmp_path / "frontier.jsonl")
     for distance, seeds in ((0.15, 2), (0.3, 2), (0.5, 1)):
-        values = [frontier.at_distance(found, p, "win_reference", distance) for p in (paper, kl)]
-        assert frontier.paired(*values) == pytest.approx([-0.1] * seeds)
-    frontier.main([str(tmp_path / "rows.jsonl"), f"--out={tmp_path / 'figures'}"])
+        by_seed = frontier.paired(frontier.at_distance, found, (paper, kl), "win_reference",
+                                  distance)
+        assert by_seed == pytest.approx([-0.1] * seeds)
+    frontier.main([str(tmp_path), f"--out={tmp_path / 'figures'}"])
     out = capsys.readouterr().out
     assert "KL 0.3   interpolated  -10.0%" in out and "n 2 | -10.0% -10.0%" in out
     assert "reward minus kl in the reward: +" not in out.split("At a common coefficient")[0]
-    common = out.split("At a common coefficient")[1]
-    assert "KL 0.650 and 0.200" in common
+    assert "At a common coefficient" in out and out.count("not made") == 3
+    with pytest.raises(SystemExit):
+        frontier.main([str(tmp_path / "none_such")])
+    assert "none_such has no frontier.jsonl" in capsys.readouterr().err
+
+
+def complete_outcomes(lower, none, precision, noise):
+    """Made-up outcomes of every planned run. lower: of the paper's Jensen-Shannon, at equal KL;
+    none: of no penalty; precision: of LoRA minus all weights."""
+    rows, rng = {}, random.Random(0)
+    for which in ("frontier", "need", "ranks", "context"):
+        rows[which] = []
+        for job in study.STUDIES[which]().plan:
+            name, seed = job.variant.name, job.seeds[-1]
+            strength = float(name.rpartition(", ")[2]) if which in ("frontier", "ranks") else 1
+            if "jensen_shannon" in name:
+                strength /= 10
+            kl = 0.03 / strength if which != "need" else 0.4
+            win = 0.5 + rng.gauss(0, noise) - lower * ("paper" in name) + none * ("without" in name)
+            true = 1 - kl / 2 - precision * ("all weights" in name)
+            rows[which].append(outcome(name, seed, kl, win, win_before=0.6 - 0.2 * (seed < 13),
+                                       precision_obscure=true + rng.gauss(0, noise)))
+    return rows
+
+
+@pytest.mark.parametrize("effects, verdicts", [
+    ((0.1, -0.05, 0.1, 0.003), ("only weaker", "needed", "saves")),
+    ((-0.1, 0.05, -0.1, 0.003), ("better", "not needed", "does not save")),
+    ((0.0, 0.0, 0.0, 0.4), ("undecided", "undecided", "undecided"))])
+def test_the_three_tests_decide_as_announced(grid, tmp_path, capsys, effects, verdicts):
+    """toy/README.md, written before the runs. With all runs there is a verdict, adjusted for three
+    tests; with one missing, its test is not made."""
+    rows = complete_outcomes(*effects)
+    for which in rows:
+        write(tmp_path / f"{which}.jsonl", rows[which])
+    write(tmp_path / "best_of_n.jsonl", [outcome(f"best of n, {n}", seed, n / 100, 0.5)
+                                         for n in (1, 4, 64) for seed in (10, 11, 12)])
+    frontier.main([str(tmp_path), f"--out={tmp_path / 'figures'}"])
+    out = capsys.readouterr().out
+    tests = out.split("\n\n")[0].splitlines()[1:]
+    assert [line[0] for line in tests] == ["A", "B", "C"]
+    for line, verdict in zip(tests, verdicts):
+        assert line.endswith(f": {verdict}"), line
+    assert "n 24" in tests[1] and "n 6" in tests[0]
+    assert "LoRA with KL: 3 of 24 collapsed (4% to 31%)" in out
+    assert re.search(r"PPO's seed +5 ", out) and re.search(r"processes +4 ", out)
+    assert "best of n, 64" in out
+    write(tmp_path / "need.jsonl", rows["need"][1:])
+    frontier.main([str(tmp_path), f"--out={tmp_path / 'figures'}"])
+    tests = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
+    assert "not made" in tests[1] and "not made" not in tests[0] + tests[2]
+
+
+def test_equal_at_equal_kl_but_higher_at_a_common_coefficient_is_only_weaker():
+    """The registered rule for A: within 5 points at equal KL, more at the paper's comparison."""
+    level = {"mean": 0.01, "low": -0.03, "high": 0.04}
+    assert frontier.verdict("A", level, 0.5, [0.05, 0.02]) == "only weaker"
+    assert frontier.verdict("A", level, 0.5, [-0.05, 0.02]) == "undecided"
+    assert frontier.verdict("A", level | {"high": 0.06}, 0.5, [0.05]) == "undecided"

@@ -255,7 +255,8 @@ def table_by_seed(variants, base):
 # ------------------------------------------------------------------------------------- the pictures
 
 X_LABELS = {"step": "PPO step",
-            "kl_per_token": "KL from SFT, nats per token, on a square-root scale"}
+            "kl_per_token": "KL from SFT, nats per token, on a square-root scale",
+            "kl_per_sequence": "KL from SFT, nats per answer, on a square-root scale"}
 FIGURES = (      # file, group of variants, x, label of y, {key of y: its name}
     ("win_steps", "regularizer", "step", "share of answers preferred",
      {"win_reference": "win rate against the reference"}),
@@ -360,8 +361,18 @@ def draw_training(figure, runs):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(runs))
 
 
-def write_figures(variants, base, folder):
+def drawings(variants, base):
     """Every figure that the runs have the points for; the training curves are those of `base`."""
+    yield "training", draw_training, variants[base]
+    for file, group, x, y_label, names in FIGURES:
+        curves = curves_of(variants, group, x, names)
+        if curves:
+            yield file, draw, curves, x, y_label
+
+
+def write_figures(folder, all_drawings):
+    """Pictures, where matplotlib is installed. Each drawing: the file's name, the function that
+    draws on a figure, its further arguments."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -369,19 +380,12 @@ def write_figures(variants, base, folder):
         print("\nfigures need matplotlib: pip install matplotlib")
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-
-    def save(file, draw_it, *args):
-        figure = Figure(layout="constrained")
-        draw_it(figure, *args)
-        figure.savefig(Path(folder) / f"{file}.png", dpi=200)
-        print(Path(folder) / f"{file}.png")
-
     with rc_context({"font.size": 8}):
-        save("training", draw_training, variants[base])
-        for file, group, x, y_label, names in FIGURES:
-            curves = curves_of(variants, group, x, names)
-            if curves:
-                save(file, draw, curves, x, y_label)
+        for file, draw_it, *args in all_drawings:
+            figure = Figure(layout="constrained")
+            draw_it(figure, *args)
+            figure.savefig(Path(folder) / f"{file}.png", dpi=200)
+            print(Path(folder) / f"{file}.png")
 
 
 def main(argv=None):
@@ -399,7 +403,7 @@ def main(argv=None):
         if base not in variants:
             raise InputError(f"--base {base}: the variants are {', '.join(variants)}")
         print(table(variants, base), table_by_seed(variants, base), sep="\n\n")
-        write_figures(variants, base, args.out)
+        write_figures(args.out, drawings(variants, base))
 
 
 if __name__ == "__main__":

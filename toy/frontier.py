@@ -1,14 +1,14 @@
-"""The frontier: what a penalty buys at a distance from the SFT model, from toy/frontier.jsonl.
+"""What the studies of toy/README.md came to: its four questions, from the committed outcomes.
 
     python toy/frontier.py                      the tables; with matplotlib also the pictures
-    python toy/frontier.py mine.jsonl --out figures
+    python toy/frontier.py mine --out figures   from another folder's frontier.jsonl, need.jsonl, ..
 
 A penalty's curve, of one seed, runs over its coefficients at the last step of PPO: how far the
 policy went (KL from SFT, nats per token) and what came of it. Penalties are compared where they
 went equally far: each curve is interpolated in the square root of KL at distances that were named
-before the runs (toy/README.md), and only in seeds in which both curves reach to both sides of the
-distance. Differences are paired by seed, whose SFT and reward model both penalties share; intervals
-are Student's over seeds, K - 1 degrees of freedom.
+before the runs, and only in seeds in which both curves reach to both sides of the distance.
+Differences are paired by seed, whose SFT and reward model both share; intervals are Student's over
+seeds, K - 1 degrees of freedom.
 """
 import math
 import os
@@ -23,16 +23,16 @@ sys.path.insert(0, str(ROOT))
 
 from data import read_rows  # noqa: E402
 from eval import Parser, mistakes_in_one_line  # noqa: E402
-from toy.study import PENALTIES  # noqa: E402
-from tools.figures import (COLOURS, MARKERS, half_student, panels,  # noqa: E402
-                           student_quantile)
+from model import InputError  # noqa: E402
+from toy.study import CELLS, PENALTIES  # noqa: E402
+from tools.figures import (COLOURS, MARKERS, X_LABELS, half_student, panels,  # noqa: E402
+                           student_quantile, write_figures)
 
 KL, WIN, PRECISION = "kl_per_token", "win_reference", "precision_obscure"
 DISTANCES = (0.15, 0.3, 0.5)         # nats per token, named before the runs
-COMPARISONS = (                      # (penalty, the one that it is compared with)
-    ("paper's jensen_shannon in the reward", "kl in the reward"),
-    ("exact jensen_shannon in the loss", "exact kl in the loss"),
-    ("exact kl in the loss", "kl in the reward"))
+REWARD_KL, PAPER_JS, LOSS_KL, LOSS_JS = PENALTIES
+COMPARISONS = ((PAPER_JS, REWARD_KL), (LOSS_JS, LOSS_KL), (LOSS_KL, REWARD_KL))
+NEED = (("LoRA without", "LoRA with KL"), ("all weights without", "all weights with KL"))
 COMMON = 0.1                         # coefficient of the comparison that the paper makes
 
 
@@ -85,44 +85,67 @@ def holm(p_values):
     return adjusted
 
 
+def wilson(k, n):
+    """Wilson's 95 % interval of a share k / n (Journal of the American Statistical Association 22,
+    1927)."""
+    z2 = 1.96 ** 2
+    middle, reach = k + z2 / 2, math.sqrt(z2 * (k * (n - k) / n + z2 / 4))
+    return (middle - reach) / (n + z2), (middle + reach) / (n + z2)
+
+
 # ---------------------------------------------------------------------------------------- the data
 
 def load(path):
-    """Outcomes -> {penalty: {seed: {coefficient: row}}}."""
-    found = {penalty: {} for penalty in PENALTIES}
-    for row in read_rows(path):
-        penalty, coefficient = row["variant"].rsplit(", ", 1)
-        found[penalty].setdefault(row["seed"], {})[float(coefficient)] = row
+    """Outcomes of a study -> {variant without its coefficient: {seed: {coefficient: row}}}; None
+    is the coefficient of a variant that has none. A file that is not there: no outcomes."""
+    found = {}
+    for row in read_rows(path) if path.is_file() else []:
+        name, comma, coefficient = row["variant"].rpartition(", ")
+        key = float(coefficient) if comma else None
+        found.setdefault(name or coefficient, {}).setdefault(row["seed"], {})[key] = row
     return found
 
 
-def curve(rows, key):
+def load_all(folder):
+    """Outcomes of all studies, and rank 8 of question 3, which question 1 has run."""
+    names = ("frontier", "rates", "need", "ranks", "context", "best_of_n")
+    data = {name: load(Path(folder) / f"{name}.jsonl") for name in names}
+    if not data["frontier"]:
+        raise InputError(f"{folder} has no frontier.jsonl: python toy/study.py frontier")
+    data["by rank"] = {"rank 8": data["frontier"][REWARD_KL]} | data["ranks"]
+    return data
+
+
+def count(found):
+    """How many runs there are."""
+    return sum(len(rows) for seeds in found.values() for rows in seeds.values())
+
+
+def curve(rows, key, x=KL):
     """(KL, value) of one seed's runs, by coefficient."""
-    return [(row["ppo"][KL][0], row["ppo"][key][0]) for row in rows.values()]
+    return [(row["ppo"][x][0], row["ppo"][key][0]) for row in rows.values()]
 
 
-def at_distance(found, penalty, key, kl, how=interpolated):
+def at_distance(found, penalty, key, kl, how=interpolated, x=KL):
     """{seed: the penalty's value there}, of the seeds whose curve reaches to both sides of it."""
-    values = {seed: how(curve(rows, key), kl) for seed, rows in found[penalty].items()}
+    values = {seed: how(curve(rows, key, x), kl) for seed, rows in found.get(penalty, {}).items()}
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def paired(ours, theirs):
-    """Differences of the seeds that both have."""
+def at_coefficient(found, penalty, key, coefficient=None):
+    """{seed: the value of the run with this coefficient}"""
+    return {seed: rows[coefficient]["ppo"][key][0]
+            for seed, rows in found.get(penalty, {}).items() if coefficient in rows}
+
+
+def paired(where, found, pair, *what):
+    """Differences between two variants in the seeds that both have. where: at_distance or
+    at_coefficient, what: its further arguments."""
+    ours, theirs = (where(found, variant, *what) for variant in pair)
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
-def at_coefficient(found, penalty, key, coefficient):
-    """{seed: the value of the run with this coefficient}"""
-    return {seed: rows[coefficient]["ppo"][key][0] for seed, rows in found[penalty].items()
-            if coefficient in rows}
-
-
 # -------------------------------------------------------------------------------------- the tables
-
-def percent(x):
-    return "-" if x is None else f"{x:.1%}"
-
 
 def interval(s):
     """mean (low to high), p and n of `student`."""
@@ -132,18 +155,18 @@ def interval(s):
 
 
 def grid_table(found):
-    """Each coefficient: the mean over seeds of KL, win rate, gold and proxy score, precision."""
+    """Each run: the mean over seeds of KL, win rate, gold and proxy score, precision."""
     keys = (KL, WIN, "win_before", "annotator", "score", PRECISION, "tokens")
     lines = [f"{'means over seeds':46}{'n':>3}{'KL':>8}{'win':>8}{'vs SFT':>8}{'gold':>7}"
              f"{'proxy':>7}{'obscure':>9}{'tokens':>8}"]
-    for penalty, seeds in found.items():
-        for coefficient in PENALTIES[penalty][1]:
+    for name, seeds in found.items():
+        for coefficient in sorted({c for rows in seeds.values() for c in rows}, reverse=True):
             rows = [rows[coefficient] for rows in seeds.values() if coefficient in rows]
-            if rows:
-                kl, win, sft, gold, proxy, obscure, tokens = (
-                    fmean(row["ppo"][key][0] for row in rows) for key in keys)
-                lines.append(f"{f'{penalty}, {coefficient}':46}{len(rows):3}{kl:8.3f}{win:8.1%}"
-                             f"{sft:8.1%}{gold:7.2f}{proxy:7.2f}{obscure:9.1%}{tokens:8.1f}")
+            kl, win, sft, gold, proxy, obscure, tokens = (
+                fmean(row["ppo"][key][0] for row in rows) for key in keys)
+            label = name if coefficient is None else f"{name}, {coefficient:g}"
+            lines.append(f"{label:46}{len(rows):3}{kl:8.3f}{win:8.1%}{sft:8.1%}{gold:7.2f}"
+                         f"{proxy:7.2f}{obscure:9.1%}{tokens:8.1f}")
     return "\n".join(lines)
 
 
@@ -154,127 +177,180 @@ def distance_table(found, key):
         cells = []
         for kl in DISTANCES:
             values = list(at_distance(found, penalty, key, kl).values())
-            cells.append(f"{percent(fmean(values) if values else None)} (n {len(values)})")
+            cells.append(f"{fmean(values):.1%} (n {len(values)})" if values else "-")
         lines.append(f"{penalty:40}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
 
 
-def comparison_table(found, key):
+def comparison_table(found, key, comparisons):
     """Differences at equal KL, by straight lines and by parabolas."""
     lines = []
-    for penalty, other in COMPARISONS:
-        lines.append(f"{penalty} minus {other}")
+    for pair in comparisons:
+        lines.append(" minus ".join(pair))
         for kl in DISTANCES:
             for how in (interpolated, fitted):
-                values = [at_distance(found, p, key, kl, how) for p in (penalty, other)]
-                seeds = " ".join(f"{x:+.1%}" for x in paired(*values))
-                lines.append(f"  KL {kl:<5} {how.__name__:13} {interval(student(paired(*values)))}"
-                             f" | {seeds}")
+                by_seed = paired(at_distance, found, pair, key, kl, how)
+                if by_seed:
+                    lines.append(f"  KL {kl:<5} {how.__name__:13} {interval(student(by_seed))} | "
+                                 + " ".join(f"{x:+.1%}" for x in by_seed))
     return "\n".join(lines)
 
 
 def common_table(found):
-    """Differences at one coefficient, as the paper made them, with how far each went."""
+    """Differences at one coefficient, as the paper made them."""
+    return "\n".join(
+        f"{penalty} minus {other}: "
+        f"{interval(student(paired(at_coefficient, found, (penalty, other), WIN, COMMON)))}"
+        for penalty, other in COMPARISONS[:2])
+
+
+def need_table(found):
+    """Question 2: none minus KL, and the share of runs that won less than half against SFT."""
     lines = []
-    for penalty, other in COMPARISONS[:2]:
-        wins = [at_coefficient(found, p, WIN, COMMON) for p in (penalty, other)]
-        kls = [at_coefficient(found, p, KL, COMMON) for p in (penalty, other)]
-        went = " and ".join(f"{fmean(kl.values()):.3f}" if kl else "-" for kl in kls)
-        lines.append(f"{penalty} minus {other}: {interval(student(paired(*wins)))}; KL {went}")
+    for pair in NEED:
+        lines.append(f"{' minus '.join(pair)}: "
+                     f"{interval(student(paired(at_coefficient, found, pair, WIN)))}")
+    for cell in CELLS:
+        won = at_coefficient(found, cell, "win_before").values()
+        if won:
+            collapsed = sum(x < 0.5 for x in won)
+            low, high = wilson(collapsed, len(won))
+            lines.append(f"{cell}: {collapsed} of {len(won)} collapsed ({low:.0%} to {high:.0%})")
     return "\n".join(lines)
 
 
-def spacing(found):
-    """The largest factors between neighbouring KLs within the range of the distances."""
-    lines = []
-    for penalty, seeds in found.items():
-        factors = []
-        for rows in seeds.values():
-            kls = sorted(kl for kl, _ in curve(rows, WIN))
-            factors += [b / a for a, b in zip(kls, kls[1:])
-                        if b >= DISTANCES[0] and a <= DISTANCES[-1] and a > 0]
-        if factors:
-            lines.append(f"{penalty:40}median {numpy.median(factors):.2f}, "
-                         f"largest {max(factors):.2f}")
+def spread_table(context, frontier):
+    """Standard deviations over runs of which one thing is another, and the run that all share."""
+    shared = frontier[REWARD_KL][10][COMMON]
+    lines = [f"{'one thing at a time is another':34}{'runs':>5}{'win':>8}{'KL':>8}{'obscure':>9}"]
+    for name in ("SFT's seed", "reward model's seed", "PPO's seed", "processes"):
+        rows = [row for rows in context.get(name, {}).values() for row in rows.values()]
+        if rows:
+            win, kl, obscure = (stdev(row["ppo"][key][0] for row in [shared, *rows])
+                                for key in (WIN, KL, PRECISION))
+            lines.append(f"{name:34}{len(rows) + 1:5}{win:8.1%}{kl:8.3f}{obscure:9.1%}")
     return "\n".join(lines)
 
 
-def report(found):
-    return "\n\n".join((
-        grid_table(found),
-        "Win rate against the reference at equal KL\n" + distance_table(found, WIN),
-        "Differences of the win rate, paired by seed (95 % intervals)\n"
-        + comparison_table(found, WIN),
-        "Precision on obscure people at equal KL\n" + distance_table(found, PRECISION),
-        "Differences of it\n" + comparison_table(found, PRECISION),
-        f"At a common coefficient of {COMMON}, as the paper compares: win rate\n"
-        + common_table(found),
-        "Factors between neighbouring KLs from the first distance to the last\n" + spacing(found)))
+def primary_table(frontier, need, by_rank):
+    """The three tests that were announced, adjusted together, and what the announcement makes of
+    them. One whose runs are not all there is not made. by_rank: curves of question 3, rank 8's
+    too."""
+    at_common = paired(at_coefficient, frontier, COMPARISONS[0], WIN, COMMON)
+    tests = (
+        ("A paper's Jensen-Shannon minus KL, win rate at KL .3", count(frontier) == 180,
+         paired(at_distance, frontier, COMPARISONS[0], WIN, 0.3)),
+        ("B LoRA without a penalty minus with KL, win rate", count(need) == 64,
+         paired(at_coefficient, need, NEED[0], WIN)),
+        ("C LoRA minus all weights, precision at KL .3", count(by_rank) == 42 + 54,
+         paired(at_distance, by_rank, ("rank 8", "all weights"), PRECISION, 0.3)))
+    stats = [student(differences) if made else None for _, made, differences in tests]
+    lines = []
+    for (name, *_), s, p in zip(tests, stats, holm([s["p"] if s else 1.0 for s in stats])):
+        found = "not made, runs are missing"
+        if s:
+            found = f"{interval(s)}; adjusted p {p:.3f}: {verdict(name[0], s, p, at_common)}"
+        lines.append(f"{name}: {found}")
+    return "\n".join(lines)
+
+
+def verdict(test, s, p, at_common):
+    """What toy/README.md announced for this outcome of test A, B or C."""
+    higher, lower = p < 0.05 and s["mean"] > 0, p < 0.05 and s["mean"] < 0
+    if test == "A":
+        weaker = -0.05 < s["low"] and s["high"] < 0.05 and fmean(at_common) > 0
+        return "better" if higher else "only weaker" if lower or weaker else "undecided"
+    if test == "B":
+        return "needed" if lower else "not needed" if s["low"] > -0.1 else "undecided"
+    return "saves" if higher else "does not save" if s["high"] < 0.03 else "undecided"
+
+
+def report(data):
+    """All tables for which there are outcomes."""
+    frontier, need, by_rank = data["frontier"], data["need"], data["by rank"]
+    pairs = [(kind, "rank 8") for kind in ("rank 1", "rank 32")] + [("rank 8", "all weights")]
+    equal_kl, differences = "Precision on obscure people at equal KL", "Differences of it"
+    parts = [
+        ("The three tests", primary_table, frontier, need, by_rank),
+        ("1. Penalties along their frontiers", grid_table, frontier),
+        ("Win rate against the reference at equal KL", distance_table, frontier, WIN),
+        ("Differences of the win rate, paired by seed (95 % intervals)", comparison_table,
+         frontier, WIN, COMPARISONS),
+        (equal_kl, distance_table, frontier, PRECISION),
+        (differences, comparison_table, frontier, PRECISION, COMPARISONS),
+        (f"At a common coefficient of {COMMON}, as the paper compares: win rate", common_table,
+         frontier),
+        ("The grid of question 2, on val.json", grid_table, data["rates"]),
+        ("2. With a penalty and without", grid_table, need),
+        ("Differences, and runs that lose against SFT", need_table, need),
+        ("3. How much is trained", grid_table, data["ranks"]),
+        ("4. Other variants and other seeds", grid_table, data["context"]),
+        ("Standard deviations", spread_table, data["context"], frontier),
+        ("Best-of-n (KL: its upper bound)", grid_table, data["best_of_n"])]
+    if data["ranks"]:
+        parts += [(equal_kl, distance_table, by_rank, PRECISION),
+                  (differences, comparison_table, by_rank, PRECISION, pairs)]
+    return "\n\n".join(f"{title}\n{make(found, *more)}" for title, make, found, *more in parts
+                       if found)
 
 
 # ------------------------------------------------------------------------------------ the pictures
 
-def draw(figure, found, key, label):
+def draw(figure, found, key, label, x, distances):
     """A panel per penalty: its seeds, and the mean at each distance with its interval; the means of
-    the others in grey."""
-    means = {}
-    for penalty in found:
-        values = [list(at_distance(found, penalty, key, kl).values()) for kl in DISTANCES]
-        means[penalty] = [student(v) for v in values]
+    the others dotted."""
+    means = {penalty: [(math.sqrt(kl), s) for kl in distances
+                       if (s := student(at_distance(found, penalty, key, kl, x=x).values()))]
+             for penalty in found}
     axes = panels(figure, len(found))
     for axis, (penalty, seeds) in zip(axes, found.items()):
         for seed, rows in seeds.items():
-            points = sorted(curve(rows, key))
+            points = sorted(curve(rows, key, x))
             axis.plot([math.sqrt(kl) for kl, _ in points], [y for _, y in points], linewidth=0.6,
                       marker=".", markersize=2, color="#AAAAAA",
                       label="single seeds" if seed == min(seeds) else None)
-        for i, (other, stats) in enumerate(means.items()):
-            there = [(math.sqrt(kl), s) for kl, s in zip(DISTANCES, stats) if s]
-            x, y = [x for x, _ in there], [s["mean"] for _, s in there]
-            if other == penalty:
-                reach = [s["high"] - s["mean"] for _, s in there]
-                axis.errorbar(x, y, reach, color=COLOURS[i], marker=MARKERS[i], markersize=4,
-                              linewidth=1.4, capsize=2, label=other)
-            else:
-                axis.plot(x, y, color=COLOURS[i], marker=MARKERS[i], markersize=2.5, linewidth=0.7,
-                          linestyle=":", label=other)
+        for i, (other, there) in enumerate(means.items()):
+            own = other == penalty
+            axis.errorbar([root for root, _ in there], [s["mean"] for _, s in there],
+                          [(s["high"] - s["mean"]) * own for _, s in there], label=other,
+                          color=COLOURS[i], marker=MARKERS[i], markersize=4 if own else 2.5,
+                          linewidth=1.4 if own else 0.7, linestyle="-" if own else ":",
+                          capsize=2 * own)
         axis.set_title(penalty.replace(" in the", "\nin the"), fontsize="medium")
-        axis.set_xticks([math.sqrt(kl) for kl in (*DISTANCES, 0.9)], [*DISTANCES, 0.9])
-    figure.supxlabel("KL from SFT, nats per token, on a square-root scale; bars: 95 % interval of "
-                     "the mean over seeds; dotted: the other penalties' means", fontsize="medium")
+        axis.set_xticks([math.sqrt(kl) for kl in distances], distances)
+    figure.supxlabel(f"{X_LABELS[x]}; bars: 95 % interval of the mean over seeds; dotted: the "
+                     "others' means", fontsize="medium")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.supylabel(label, fontsize="medium")
 
 
-def write_figures(found, folder):
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("\nfigures need matplotlib: pip install matplotlib")
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with rc_context({"font.size": 8}):
-        for file, key, label in (("frontier_win", WIN, "win rate against the reference"),
-                                 ("frontier_precision", PRECISION, "obscure people: true / stated"),
-                                 ("frontier_gold", "annotator", "annotators' score, points"),
-                                 ("frontier_proxy", "score", "reward model's score, logits")):
-            figure = Figure(layout="constrained")
-            draw(figure, found, key, label)
-            figure.savefig(Path(folder) / f"{file}.png", dpi=200)
-            print(Path(folder) / f"{file}.png")
+LABELS = {WIN: "win rate against the reference", PRECISION: "obscure people: true / stated",
+          "annotator": "annotators' score, points", "score": "reward model's score, logits"}
+PER_ANSWER = "kl_per_sequence"
+
+
+def drawings(data):
+    """The pictures for which there are outcomes."""
+    frontier, best = data["frontier"], data["best_of_n"]
+    for key, label in LABELS.items():
+        yield f"frontier_{key}", draw, frontier, key, label, KL, (*DISTANCES, 0.8)
+        if best:
+            shown = {name: frontier[name] for name in (REWARD_KL, LOSS_KL)} | best
+            yield f"best_of_n_{key}", draw, shown, key, label, PER_ANSWER, (0.3, 1, 2, 3)
+    if data["ranks"]:
+        yield "ranks_precision", draw, data["by rank"], PRECISION, LABELS[PRECISION], KL, DISTANCES
 
 
 def main(argv=None):
     with mistakes_in_one_line("frontier.py"):
         parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-        parser.add_argument("data", nargs="?", default=os.path.relpath(ROOT / "toy/frontier.jsonl"),
-                            help="outcomes of toy/study.py frontier (default: the committed ones)")
+        parser.add_argument("data", nargs="?", default=os.path.relpath(ROOT / "toy"),
+                            help="folder of the outcomes (default: the committed ones')")
         parser.add_argument("--out", default="figures", help="where the pictures go")
         args = parser.parse_args(argv)
-        found = load(args.data)
-        print(report(found))
-        write_figures(found, args.out)
+        data = load_all(args.data)
+        print(report(data))
+        write_figures(args.out, drawings(data))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """Studies in the toy world: many PPO runs, several seeds, by commands that a reader would type.
 
     python toy/study.py                         the paper in miniature: run what is not there yet
-    python toy/study.py frontier                four penalties along their frontiers
+    python toy/study.py frontier                question 1 of toy/README.md
+    python toy/study.py rates                   learning rates and coefficients for question 2
+    python toy/study.py need                    question 2
+    python toy/study.py ranks                   question 3
+    python toy/study.py context                 question 4 (and toy/best_of_n.py)
     python toy/study.py frontier --dry_run      the plan and its commands, nothing is started
     python tools/figures.py toy/study.jsonl     the paper's outcome as a table, and as pictures
-    python toy/frontier.py                      the frontier's
+    python toy/frontier.py                      that of the others
 
 One SFT and one reward model per seed (`train.py --stage sft`, `--stage reward`), then for each
 variant a copy of that folder, in which `train.py --stage ppo` runs with the variant's flags. A
-finished run's outcome is one line of toy/study.jsonl, or toy/frontier.jsonl: what has one is not
-run again, here or on another machine; what was cut short continues. Seed by seed, so that a study
-that is stopped early can be used.
+finished run's outcome is one line of toy/STUDY.jsonl (the first's: study.jsonl): what has one is
+not run again, here or on another machine; what was cut short continues. Seed by seed, so that a
+study that is stopped early can be used.
 
-What all share are the toy world's defaults (train.py, TOY) but for the study's own flags. In the
-paper's study LoRA and full fine-tuning have learning rates of their own, and its sweeps have one
-seed: their rows say n 1, and their error holds no spread between seeds.
+What all share are the toy world's defaults (train.py, TOY) but for the study's own flags.
 """
 import argparse
 import json
@@ -41,11 +43,12 @@ from tools.figures import outcome  # noqa: E402
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of a study: its name, the flags in which it differs from the default run, and the
-    groups of figures that show it (tools/figures.py, FIGURES)."""
+    """A row of a study: its name, the flags in which it differs from the default run, the groups of
+    figures that show it (tools/figures.py, FIGURES), and in how many processes it is trained."""
     name: str
     flags: str = ""
     groups: tuple = ("regularizer",)
+    processes: int = 1
 
 
 BOTH, LORA_FULL, NONE = ("regularizer", "lora_full"), ("lora_full",), ()
@@ -82,45 +85,35 @@ PENALTIES = {
                              (.36, .24, .16, .1, .07, .046, .03)),
     "exact jensen_shannon in the loss": ("--regularizer jensen_shannon --regularizer_mode loss",
                                          (2.4, 1.6, 1.05, .7, .46, .3, .2, .1))}
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is run: variants, with the seeds first, first + 1, .. (`seeds` of them); sweeps, with
-    the first seed alone; flags, of all PPO runs."""
-    variants: list
-    first: int
-    seeds: int
-    flags: str
-    data: str
-    sweeps: tuple = ()
-
-
-STUDIES = {
-    "paper": Study(PAPER + OURS + SWEEPS, 0, 3, "--steps 48 --eval_every 12", "study.jsonl",
-                   tuple(SWEEPS)),
-    "frontier": Study([Variant(f"{penalty}, {c}", f"{flags} --kl_coef {c}")
-                       for penalty, (flags, coefficients) in PENALTIES.items()
-                       for c in coefficients], 10, 6,
-                      f"--steps 48 --eval_temperature 1 "
-                      f"--eval_data {os.path.relpath(ROOT / 'toy' / 'study.json')}",
-                      "frontier.jsonl")}
+# question 2: what trains, with a penalty or without -> flags, learning rates, coefficients
+CELLS = {
+    "LoRA with KL": ("--regularizer kl", ("1e-3", "2e-3", "4e-3"), (.05, .1, .2)),
+    "LoRA without": ("--regularizer none", ("1e-3", "2e-3", "4e-3"), ()),
+    "all weights with KL": ("--lora_rank 0 --regularizer kl", ("1.5e-4", "3e-4", "6e-4"),
+                            (.05, .1, .2)),
+    "all weights without": ("--lora_rank 0 --regularizer none", ("1.5e-4", "3e-4", "6e-4"), ())}
+TEST = os.path.relpath(ROOT / "toy" / "study.json")
+VALIDATION = os.path.relpath(ROOT / "toy" / "val.json")
+STAGES = ("sft", "reward", "ppo")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: of a variant, or of the SFT or the reward model that all variants of a seed
-    start from."""
-    seed: int
-    stage: str                        # sft | reward | ppo
+    """One training: of a variant, or of an SFT or a reward model that variants start from. seeds:
+    of SFT, of the reward model and of PPO, up to what it is."""
+    seeds: tuple
     variant: Variant | None = None
+
+    @property
+    def stage(self):
+        return STAGES[len(self.seeds) - 1]
 
     @property
     def slug(self):
         """A name for folders."""
         if not self.variant:
-            return f"seed{self.seed}"
-        return f"{re.sub('[^a-z0-9._-]+', '_', self.variant.name)}_seed{self.seed}"
+            return "seed" + "_".join(dict.fromkeys(map(str, self.seeds)))
+        return f"{re.sub('[^a-z0-9._-]+', '_', self.variant.name.lower())}_seed{self.seeds[-1]}"
 
     def folder(self, args):
         return Path(args.out) / self.slug
@@ -128,14 +121,14 @@ class Job:
     def changes(self, args):
         """The flags in which it differs from the default run."""
         if self.variant:
-            return [*STUDIES[args.study].flags.split(), *self.variant.flags.split(),
-                    *args.more.split()]
+            common = STUDIES[args.study]().flags
+            return [*common.split(), *self.variant.flags.split(), *args.more.split()]
         return ["--steps", str(args.base_steps)] if args.base_steps else []
 
     def flags(self, args):
         """All flags of train.py."""
-        return ["--stage", self.stage, "--out", str(self.folder(args)), "--seed", str(self.seed),
-                *self.changes(args)]
+        return ["--stage", self.stage, "--out", str(self.folder(args)),
+                "--seed", str(self.seeds[-1]), *self.changes(args)]
 
     def finished(self, args, lines):
         """Whether its result stands. lines: the outcomes so far. InputError if its outcome is one
@@ -143,7 +136,7 @@ class Job:
         if not self.variant:
             return (self.folder(args) / self.stage / "finished.json").is_file()
         before = {(line["variant"], line["seed"]): line["flags"] for line in lines}
-        key, now = (self.variant.name, self.seed), " ".join(self.changes(args))
+        key, now = (self.variant.name, self.seeds[-1]), " ".join(self.changes(args))
         if before.get(key, now) != now:
             raise InputError(f"{args.data} has {key[0]!r}, seed {key[1]}, with {before[key]!r} "
                              f"(now {now!r}): give the same, or another --data and --out")
@@ -151,21 +144,117 @@ class Job:
 
     def needs(self):
         """The training that has to be done before this one, or None."""
-        earlier = {"sft": None, "reward": Job(self.seed, "sft"), "ppo": Job(self.seed, "reward")}
-        return earlier[self.stage]
+        return Job(self.seeds[:-1]) if self.seeds[1:] else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run: the PPO runs, in order; flags of all of them; the file of their outcomes."""
+    plan: list
+    flags: str
+    data: str
+
+
+def seed_by_seed(variants, seeds):
+    """All variants with each seed, whose SFT and reward model they share."""
+    return [Job((seed,) * 3, variant) for seed in seeds for variant in variants]
+
+
+def along(flags, name, coefficients):
+    """A variant per coefficient."""
+    return [Variant(f"{name}, {c}", f"{flags} --kl_coef {c}") for c in coefficients]
+
+
+def paper():
+    """The paper in miniature. LoRA and full fine-tuning have learning rates of their own; its
+    sweeps have one seed: their rows say n 1, and their error holds no spread between seeds."""
+    plan = seed_by_seed(PAPER + OURS + SWEEPS, [0]) + seed_by_seed(PAPER + OURS, [1, 2])
+    return Study(plan, "--steps 48 --eval_every 12", "study.jsonl")
+
+
+def registered(plan, name, evaluated_on=TEST):
+    """A study of those that toy/README.md announced before their runs."""
+    return Study(plan, f"--steps 48 --eval_temperature 1 --eval_data {evaluated_on}",
+                 f"{name}.jsonl")
+
+
+def frontier():
+    """Question 1: four penalties along their frontiers."""
+    variants = [variant for penalty, (flags, coefficients) in PENALTIES.items()
+                for variant in along(flags, penalty, coefficients)]
+    return registered(seed_by_seed(variants, range(10, 16)), "frontier")
+
+
+def rates():
+    """The grid from which question 2 chooses, on seeds and data of its own."""
+    variants = []
+    for cell, (flags, learning_rates, coefficients) in CELLS.items():
+        for lr in learning_rates:
+            name, own = f"{cell}, lr {lr}", f"{flags} --lr {lr}"
+            variants += along(own, name, coefficients) or [Variant(name, own)]
+    return registered(seed_by_seed(variants, (90, 91)), "rates", VALIDATION)
+
+
+def chosen(cell):
+    """A cell's flags: of its grid those with the best mean win rate, ties to the smaller.
+    InputError while a run of the grid is missing."""
+    data, runs = ROOT / "toy" / "rates.jsonl", {}
+    for row in read_rows(data) if data.is_file() else []:
+        runs.setdefault(row["variant"], []).append(row["ppo"]["win_reference"][0])
+    grid = list(dict.fromkeys(job.variant for job in rates().plan
+                              if job.variant.name.startswith(f"{cell}, ")))
+    if any(len(runs.get(variant.name, ())) < 2 for variant in grid):
+        raise InputError(f"{data} does not have the whole grid: python toy/study.py rates")
+    return max(grid, key=lambda variant: sum(runs[variant.name])).flags
+
+
+def need():
+    """Question 2: whether a KL penalty is needed, under LoRA and without it."""
+    cells = {cell: Variant(cell, chosen(cell)) for cell in CELLS}
+    lora, full = list(cells.values())[:2], list(cells.values())[2:]
+    plan = seed_by_seed(lora + full, range(10, 18)) + seed_by_seed(lora, range(18, 34))
+    return registered(plan, "need")
+
+
+def ranks():
+    """Question 3: what a run costs in precision, by how much of the model is trained."""
+    lr = re.search("--lr [^ ]+", chosen("all weights with KL"))[0]
+    kinds = {"rank 1": "--lora_rank 1", "rank 32": "--lora_rank 32",
+             "all weights": f"--lora_rank 0 {lr}"}
+    variants = [v for name, flags in kinds.items() for v in along(flags, name, (.2, .1, .05))]
+    return registered(seed_by_seed(variants, range(10, 16)), "ranks")
+
+
+def context():
+    """Question 4: the paper's other variants, and where spread comes from: one seed at a time, or
+    the number of processes alone, is another than in the run that all four share."""
+    others = [variant for variant in PAPER if variant.name not in ("kl", "jensen_shannon_paper")]
+    plan = seed_by_seed(others, (10, 11, 12))
+    for seed in (11, 12, 13, 14):
+        plan += [Job((seed, 10, 10), Variant(f"SFT's seed, {seed}")),
+                 Job((10, seed, 10), Variant(f"reward model's seed, {seed}")),
+                 Job((10, 10, seed), Variant(f"PPO's seed, {seed}"))]
+    plan += [Job((10, 10, 10), Variant(f"processes, {n}", processes=n)) for n in (2, 4, 8)]
+    return registered(plan, "context")
+
+
+STUDIES = {it.__name__: it for it in (paper, frontier, rates, need, ranks, context)}
 
 
 def jobs(args, lines):
     """All trainings in the order in which they are begun; of SFT and reward models those that some
     variant still needs."""
-    order, it = [], STUDIES[args.study]
-    for seed in range(it.first, it.first + (args.seeds or it.seeds)):
-        chosen = [v for v in it.variants if not args.only or v.name in args.only]
-        variants = [Job(seed, "ppo", v) for v in chosen if seed == it.first or v not in it.sweeps]
-        if not all(job.finished(args, lines) for job in variants):
-            order += [Job(seed, "sft"), Job(seed, "reward")]
-        order += variants
-    return order
+    order = {}
+    for job in STUDIES[args.study]().plan:
+        if args.only and job.variant.name not in args.only:
+            continue
+        if args.seeds and job.seeds[-1] not in args.seeds:
+            continue
+        chain = [job]
+        while not job.finished(args, lines) and (needed := chain[0].needs()):
+            chain.insert(0, needed)
+        order |= dict.fromkeys(chain)
+    return list(order)
 
 
 # ----------------------------------------------------------------------------------------- running
@@ -228,19 +317,19 @@ class Runner:
 
 
 def run(job, args, busy):
-    """Train, as a reader would: a copy of the seed's SFT and reward model, and train.py in it ->
-    whether it went to its end. busy[job]: the process, for who wants to stop it."""
-    folder, base = job.folder(args), Job(job.seed, "reward").folder(args)
-    if job.variant:
-        for stage in ("sft", "reward"):
-            if not (folder / stage).exists():
-                shutil.copytree(base / stage, folder / f"{stage}.tmp", dirs_exist_ok=True)
-                os.replace(folder / f"{stage}.tmp", folder / stage)
+    """Train, as a reader would: a copy of the models that it starts from, and train.py beside them
+    -> whether it went to its end. busy[job]: the process, for who wants to stop it."""
+    folder, needed = job.folder(args), job.needs()
+    for stage in STAGES[:len(job.seeds) - 1]:
+        if not (folder / stage).exists():
+            shutil.copytree(needed.folder(args) / stage, folder / f"{stage}.tmp",
+                            dirs_exist_ok=True)
+            os.replace(folder / f"{stage}.tmp", folder / stage)
     folder.mkdir(parents=True, exist_ok=True)
-    start = [sys.executable]
-    if args.processes > 1:     # (--local_addr: it would wait for a host name that does not resolve)
+    start, processes = [sys.executable], job.variant.processes if job.variant else 1
+    if processes > 1:     # (--local_addr: it would wait for a host name that does not resolve)
         start += ["-m", "torch.distributed.run", "--standalone", "--local_addr=localhost",
-                  f"--nproc_per_node={args.processes}"]
+                  f"--nproc_per_node={processes}"]
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         # Ctrl-C is ours: what runs is told once, and given its time
         busy[job] = subprocess.Popen(
@@ -251,30 +340,43 @@ def run(job, args, busy):
 
 def command_line(job, args):
     """What `run` does, as one would type it."""
-    start = f"torchrun --nproc_per_node={args.processes}" if args.processes > 1 else "python"
+    many = job.variant and job.variant.processes > 1
+    start = f"torchrun --nproc_per_node={job.variant.processes}" if many else "python"
     train = f"OMP_NUM_THREADS=1 {start} train.py {' '.join(job.flags(args))}"
-    if not job.variant:
+    folder, needed = job.folder(args), job.needs()
+    if not needed or needed.folder(args) == folder:
         return train
-    return f"cp -r {Job(job.seed, 'reward').folder(args)} {job.folder(args)} && {train}"
+    models = " ".join(str(needed.folder(args) / s) for s in STAGES[:len(job.seeds) - 1])
+    return f"mkdir -p {folder} && cp -r {models} {folder} && {train}"
 
 
 def keep(job, args):
     """Append a finished variant's outcome to the data; of the paper's study all of it, with curves
-    and wins by person; of the frontier what SFT and the last step came to."""
+    and wins by person; of the others what SFT and the last step came to."""
     found = outcome(job.folder(args) / "ppo")
     if args.study == "paper":
         found = {"groups": job.variant.groups} | found
     else:
         ends = {"sft": found["curve"][0], "ppo": found["curve"][-1]}
-        found = {"seed": job.seed, "train_kl": found["training"]["kl_per_token"][-1]} | {
-            name: {key: [round(x["value"], 5), round(x["se"], 5)]
-                   for key, x in end.items() if key != "step"} for name, end in ends.items()}
+        found = {"seed": job.seeds[-1], "train_kl": found["training"]["kl_per_token"][-1]}
+        found |= {name: short(end) for name, end in ends.items()}
     about = {"variant": job.variant.name, "flags": " ".join(job.changes(args))}
-    path = Path(args.data)
+    append(args.data, about | found)
+
+
+def short(summary):
+    """What is kept of eval.summarise: values and standard errors."""
+    return {key: [round(x["value"], 5), round(x["se"], 5)] for key, x in summary.items()
+            if key != "step"}
+
+
+def append(path, line):
+    """Add a line to a file of outcomes."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     with whole_file(path) as temporary:
-        line = json.dumps(about | found, ensure_ascii=False)
+        line = json.dumps(line, ensure_ascii=False)
         temporary.write_text(f"{before}{line}\n", encoding="utf-8")
 
 
@@ -308,28 +410,26 @@ def main(argv=None):
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("study", nargs="?", choices=STUDIES, default="paper", help="what to run")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, start nothing")
-    parser.add_argument("--seeds", type=int, default=0,
-                        help="how many seeds (0: the study's; sweeps: the first alone)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
+                        help="these of its seeds (default: all)")
     parser.add_argument("--only", action="append", metavar="VARIANT",
                         help="this variant (may be repeated)")
     parser.add_argument("--more", default="", metavar="FLAGS",
                         help="further flags of train.py for all PPO runs, to try it out")
     parser.add_argument("--base_steps", type=int, default=0,
                         help="steps of SFT and reward model, to try it out (0: the toy world's)")
-    parser.add_argument("--processes", type=int, default=1, help="processes of each training")
     parser.add_argument("--parallel", type=int, default=2, help="trainings at one time")
-    parser.add_argument("--out", help="run folders (default: runs/STUDY)")
+    parser.add_argument("--out", default="runs/study", help="run folders")
     parser.add_argument("--data", help="outcomes, a JSON line per run (default: the committed "
                                        "file of the study)")
     with mistakes_in_one_line("study.py"):
         args = parser.parse_args(argv)
-        it = STUDIES[args.study]
-        args.out = args.out or f"runs/{args.study}"
+        it = STUDIES[args.study]()
         args.data = args.data or os.path.relpath(ROOT / "toy" / it.data)
-        unknown = set(args.only or ()) - {v.name for v in it.variants}
+        names = list(dict.fromkeys(job.variant.name for job in it.plan))
+        unknown = set(args.only or ()) - set(names)
         if unknown:
-            raise InputError(f"--only {min(unknown)}: the variants are "
-                             f"{', '.join(v.name for v in it.variants)}")
+            raise InputError(f"--only {min(unknown)}: the variants are {', '.join(names)}")
         try:
             return study(args)
         except KeyboardInterrupt:
