@@ -400,7 +400,8 @@ def sample_responses(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0,
     if not prompts:
         return Samples([], [])
     row_ids = range(len(prompts)) if row_ids is None else row_ids
-    u = torch.stack([uniforms(seed, row, max(limits)) for row in row_ids])
+    longest = max(limits)
+    u = torch.stack([uniforms(seed, row, longest) for row in row_ids])
     pick = partial(sample, temperature=temperature, top_p=top_p)
     banned = ban_mask(model.config.vocab_size, banned_ids, model.device)
     with eval_mode(model):

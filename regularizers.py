@@ -66,10 +66,15 @@ def jensen_shannon_terms(logp, logq):
     return -(logp.exp() * log_half_sum(-d) + logq.exp() * log_half_sum(d)).sum(-1) / 2
 
 
+def k3(d):
+    """r - 1 - log r, r = q/p = exp(-d): the line r - 1 touches log r at 1 and lies above it."""
+    return torch.expm1(-d) + d
+
+
 SAMPLED = {      # name -> penalty of a token as a function of its d; one more is one line
     "kl": lambda d: d,
     "clamped_kl": lambda d: d.clamp(min=0),
-    "bregman": lambda d: torch.expm1(-d) + d,
+    "bregman": k3,
     "bregman_paper": lambda d: torch.expm1(d) - d,
     "squared_error": lambda d: d.square() / 2,
     # r = exp(-d): log(2r/(1+r)) = -log((1+e^d)/2) and log(2/(1+r)) = -log((1+e^-d)/2)

@@ -150,8 +150,10 @@ def test_the_next_rollout_samples_with_what_training_changed(tmp_path):
 
 def test_dropout_zero_means_zero_and_dropout_spares_the_base(tmp_path):
     """In training mode, 0 gives the same bits twice; 0.5 does not, yet the trunk and evaluation
-    mode know nothing of it."""
+    mode know nothing of it: what enters the base is never dropped, and with B = 0 nothing
+    changes."""
     model = trunk(tmp_path)
+    add_lora(model, "new", r=4, alpha=16, dropout=0.5)
     add_lora(model, "steady", r=4, alpha=16, dropout=0.0)
     add_lora(model, "noisy", r=4, alpha=16, dropout=0.5)
     randomise(model, "steady")
@@ -161,7 +163,7 @@ def test_dropout_zero_means_zero_and_dropout_spares_the_base(tmp_path):
     assert torch.equal(logits(model, "noisy"), expected)
     model.train()
     assert torch.equal(logits(model, "steady"), expected)
-    assert torch.equal(logits(model, None), base)
+    assert torch.equal(logits(model, None), base) and torch.equal(logits(model, "new"), base)
     assert not torch.equal(logits(model, "noisy"), logits(model, "noisy"))
 
 

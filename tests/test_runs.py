@@ -68,7 +68,7 @@ def long_run_of_two(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves_it(tiny, long_run, tmp_path, number):
-    """CHECKS 32. A scheduler's SIGTERM or Ctrl-C: the step in progress is finished and saved,
+    """A scheduler's SIGTERM or Ctrl-C: the step in progress is finished and saved,
     though no checkpoint was due, the status is 128 + the signal's number, and the same command ends
     where the uninterrupted run ended, to the bit."""
     out, log = tmp_path / "ppo", tmp_path / "log"
@@ -172,7 +172,7 @@ def test_a_signal_that_comes_after_the_last_look_is_not_lost(tmp_path, number, s
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_whose_torchrun_is_gone_stop_and_the_same_command_continues(
         tiny, long_run_of_two, tmp_path, number):
-    """CHECKS 42. kill -9 of torchrun alone - an out-of-memory killer, a job script - leaves its
+    """kill -9 of torchrun alone - an out-of-memory killer, a job script - leaves its
     workers running in sessions of their own, unseen, and the folder locked. They stop at the next
     step, as they do when torchrun passes a signal on, and save it. What continues ends where the
     uninterrupted run ended, to the bit."""
@@ -200,7 +200,7 @@ def locked(folder):
 # ------------------------------------------------------------------------------ kill -9, full disks
 
 def test_a_run_that_is_killed_again_and_again_continues_to_the_bit(tiny, long_run, tmp_path):
-    """CHECKS 32, 34. kill -9 at random moments: before the first step, in a step, while a
+    """kill -9 at random moments: before the first step, in a step, while a
     checkpoint or a record is written. What came after the last checkpoint is lost and done again,
     its lines in the records too."""
     out, moments, kills = tmp_path / "ppo", random.Random(0), 0
@@ -221,7 +221,7 @@ def test_a_run_that_is_killed_again_and_again_continues_to_the_bit(tiny, long_ru
                                        ("os.replace", 1), ("os.replace", 2)])
 def test_a_kill_in_the_middle_of_writing_a_file_leaves_the_old_one(tiny, whole_run, tmp_path, name,
                                                                    nth):
-    """CHECKS 34. The hardest moments, made to happen: half of a checkpoint or of the weights is
+    """The hardest moments, made to happen: half of a checkpoint or of the weights is
     written, or all of it and not yet renamed."""
     out = tmp_path / "ppo"
     process = fork(dies_in, name, nth, ppo_flags(tiny, out))
@@ -257,7 +257,7 @@ def dies_in(name, nth, flags):
     (20_000, 100, "adapter_model.safetensors")])
 def test_a_file_that_cannot_be_written_is_one_line(tiny, whole_run, tmp_path, room, save_every,
                                                    name):
-    """CHECKS 41. A disk that is full, here a limit on the size of a file: one line with the path,
+    """A disk that is full, here a limit on the size of a file: one line with the path,
     status 2, the old checkpoint stands, no temporary file is left; and with room again the same
     command continues to the bit."""
     out, log = tmp_path / "ppo", tmp_path / "log"
@@ -294,7 +294,7 @@ def stopped_after(step, flags):
 
 
 def test_a_full_disk_is_one_line_and_with_room_the_run_continues(tiny, whole_run, tmp_path):
-    """CHECKS 41, on a real one of 256 KiB: the second checkpoint does not fit beside the first."""
+    """The same on a real one of 256 KiB: the second checkpoint does not fit beside the first."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk],
@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_line_and_with_room_the_run_continues(tiny, whole_run
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_the_first_two_stages_continue_to_the_bit(tiny, tmp_path, stage):
-    """CHECKS 32, with dropout: its masks are a function of the step as well."""
+    """The same with dropout: its masks are a function of the step as well."""
     train.main(stage_flags(tiny, stage, tmp_path / "whole"))
     assert stopped_after(3, stage_flags(tiny, stage, tmp_path / "cut")) == 143
     train.main(stage_flags(tiny, stage, tmp_path / "cut"))
@@ -391,7 +391,7 @@ def test_a_run_does_not_continue_with_another_reward_adapter(tiny, tmp_path, cap
 # --------------------------------------------------------------------------------------- one writer
 
 def test_a_run_folder_is_one_commands_at_a_time(tiny, tmp_path, capsys):
-    """CHECKS 42. The same command twice, as it is typed in two windows: their records would be
+    """The same command twice, as it is typed in two windows: their records would be
     mixed. The second is refused in one line, by all of its processes, and let in when the first has
     ended, or was killed."""
     flags, log = ppo_flags(tiny, tmp_path / "run", steps=1), tmp_path / "log"
@@ -787,7 +787,7 @@ def test_a_mistake_is_one_clear_line_and_status_2(tiny, tmp_path, capsys, flags,
 @pytest.mark.parametrize("mine", [ValueError("my half-finished change"), KeyError("name"),
                                   RuntimeError("shape"), AssertionError("mine")])
 def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch, mine):
-    """CHECKS 43. A student's own half-finished change raises what Python raises: where it happened
+    """A student's own half-finished change raises what Python raises: where it happened
     is what they need. Only a user's mistake (InputError) and the machine's (OSError) are one
     line."""
     def buggy(*_):
@@ -851,7 +851,7 @@ def test_other_tokenizers_are_refused(tiny, other_tokenizer, tmp_path, capsys):
 
 
 def test_a_model_that_ends_with_an_id_beyond_the_tokenizer_is_refused(tiny, tmp_path, capsys):
-    """CHECKS 39. As chat fine-tunes have it: every answer would run to its limit, be penalised for
+    """As chat fine-tunes have it: every answer would run to its limit, be penalised for
     it, and the run look healthy. A mere mismatch within the vocabulary (old LLaMA configs say 1,
     and mean nothing by it) is no reason to refuse."""
     shutil.copytree(tiny / "sft", tmp_path / "sft")
@@ -874,7 +874,7 @@ def test_a_reward_model_with_fewer_positions_than_the_policy_sets_the_limit(tiny
 
 
 def test_rows_that_are_cut_or_left_out_are_counted_aloud(tiny, tmp_path, capsys):
-    """CHECKS 40. Of the test file as of the training file: an accuracy over half the pairs would be
+    """Of the test file as of the training file: an accuracy over half the pairs would be
     another number, and so would a win rate over half the questions."""
     files = {"pairs": [PAIR, PAIR | {"output_2": "Me."}, PAIR | {"output_2": "Me. " * 40}],
              "test": [PAIR, PAIR, PAIR | {"output_1": "You."}],

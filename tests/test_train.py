@@ -30,7 +30,7 @@ SMALL = LlamaConfig(vocab_size=50, dim=32, n_layers=1, n_heads=2, ffn_dim=48)
 # ----------------------------------------------------------------------------------- the first step
 
 def test_first_step_starts_at_the_reference_with_ratio_one(whole_run):
-    """CHECKS 20, 24, 30. Before anything has moved KL is exactly 0 (not nearly), the ratio of the
+    """Before anything has moved KL is exactly 0 (not nearly), the ratio of the
     first minibatch is 1, nothing is clipped, and what the sampler computed with its cache is what
     the full forward computes."""
     first = metrics(whole_run)[0]
@@ -95,7 +95,7 @@ def ppo_inputs(tiny, **more):
 
 @pytest.mark.parametrize("name", ["logprobs", "ref_logprobs", "values", "scores", "kl"])
 def test_nan_stops_the_run_and_overwrites_nothing(tiny, tmp_path, monkeypatch, capsys, name):
-    """CHECKS 34. The line names step and tensor, the status is 1; the checkpoint of step 2 stays as
+    """The line names step and tensor, the status is 1; the checkpoint of step 2 stays as
     it was, and there is no result."""
     join, steps = train.join_rollouts, []
 
@@ -145,7 +145,7 @@ class Bare:
 
 
 def test_sft_loss_is_cross_entropy_of_response_tokens():
-    """CHECKS 15. Only the response is learned; the token at index i is predicted by the state at
+    """Only the response is learned; the token at index i is predicted by the state at
     index i - 1."""
     torch.manual_seed(0)
     model = Llama(SMALL)
@@ -165,7 +165,7 @@ def test_sft_loss_is_cross_entropy_of_response_tokens():
 
 
 def test_ragged_micro_batches_add_up_to_one_batch(one_process):
-    """CHECKS 15. The mean over micro-batches of their means is not the mean over tokens: each is
+    """The mean over micro-batches of their means is not the mean over tokens: each is
     weighted by its tokens. Answers of 2 to 9 tokens in micro-batches of 1, 2 and 5 give loss and
     gradient of the whole batch of 8."""
     torch.manual_seed(0)
@@ -207,9 +207,24 @@ def test_gradients_travel_between_processes_once_per_batch():
     assert done == ["stays", [1], "added", "stays", [2], "added", [3]]
 
 
+def test_the_shares_of_two_processes_average_to_the_whole_batch(monkeypatch):
+    """DDP averages gradients over processes, so each share weighs its terms times their number: or
+    twice the processes would be half the step. Terms x * w of 1, 2, 3, 4, 6: the gradient of their
+    mean is 16 / 5, of which one process has 1, 3 and 6."""
+    w, gradients = torch.nn.Parameter(torch.zeros(())), []
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    for process in (0, 1):
+        monkeypatch.setattr(train, "rank", lambda: process)
+        w.grad = None
+        train.accumulate(SimpleNamespace(no_sync=nullcontext), [1, 2, 3, 4, 6], int, lambda x: 1, 2,
+                         lambda ddp, items: ((w * torch.tensor(items)).mean(), {}))
+        gradients.append(w.grad.item())
+    assert sum(gradients) / 2 == pytest.approx(16 / 5)
+
+
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_ppo_does_not_depend_on_the_size_of_micro_batches(tiny, whole_run, tmp_path, size):
-    """CHECKS 31. Ragged responses, weighted by their tokens: the same losses, gradients and
+    """Ragged responses, weighted by their tokens: the same losses, gradients and
     parameters as in micro-batches of 2, but for the order of sums."""
     train.main(ppo_flags(tiny, tmp_path / "ppo", micro_batch=size))
     assert_alike(whole_run, tmp_path / "ppo")
@@ -231,7 +246,7 @@ def assert_alike(a, b):
 
 
 def test_every_sequence_is_used_epochs_times_in_true_minibatches(tiny, tmp_path, monkeypatch):
-    """CHECKS 26. Optimiser steps per PPO step = epochs * rollout / minibatch, and each response is
+    """Optimiser steps per PPO step = epochs * rollout / minibatch, and each response is
     in `epochs` of them. (The paper's code took 32 steps of 16 sequences where 4 of 128 were meant.)
     The first learning rate is above 0, and the logged gradient norm is from before the clipping:
     with a bound of 1e-6 it is still above that bound."""
@@ -273,7 +288,7 @@ def test_learning_rate_is_never_zero():
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_several_processes_do_what_one_does(tiny, whole_run, tmp_path, n):
-    """CHECKS 31. The same global batch of ragged rows: what is sampled is identical, losses and
+    """The same global batch of ragged rows: what is sampled is identical, losses and
     statistics agree to rounding (sums in another order), and so do the parameters after 5 steps of
     4 optimiser steps each. With 4 processes each has one response of a minibatch, and no two as
     many tokens. The run itself compares the parameters of its processes at the end, to the bit; one
@@ -286,7 +301,7 @@ def test_several_processes_do_what_one_does(tiny, whole_run, tmp_path, n):
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_supervised_stages_do_not_depend_on_the_processes(tiny, tmp_path, stage):
-    """CHECKS 15, 31 for the first two stages: 6 steps on ragged micro-batches by one process and by
+    """6 steps on ragged micro-batches by one process and by
     two. A micro-batch weighed wrongly would show here."""
     more = {"lora_dropout": 0}
     train.main(stage_flags(tiny, stage, tmp_path / "one", **more))
@@ -344,7 +359,7 @@ def test_no_thread_outlives_the_process_group(tiny, tmp_path):
 # ----------------------------------------------------------------------------- keyed random numbers
 
 def test_the_same_seed_twice_is_equal_and_another_differs(tiny, whole_run, tmp_path):
-    """CHECKS 33. Anything else would make a comparison of two settings meaningless."""
+    """Anything else would make a comparison of two settings meaningless."""
     train.main(ppo_flags(tiny, tmp_path / "again"))
     train.main(ppo_flags(tiny, tmp_path / "other", seed=1))
     same_run(whole_run, tmp_path / "again")
@@ -473,7 +488,7 @@ def test_one_trunk_holds_one_copy_of_the_weights(tiny):
 
 
 def test_seven_billion_parameters_train_a_quarter_of_a_percent():
-    """CHECKS 8. r 8 on wq wk wv wo of LLaMA-7B: 8,388,608 per adapter; with the value adapter and
+    """r 8 on wq wk wv wo of LLaMA-7B: 8,388,608 per adapter; with the value adapter and
     its head 16,781,313."""
     with torch.device("meta"):
         policy, critic = Llama(LlamaConfig()), Llama(LlamaConfig(), lm_head=False)
@@ -548,7 +563,7 @@ def learn(seed, **settings):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_learns_to_say_the_token_that_pays(one_process, seed):
-    """CHECKS 36. A uniform policy says token 7 about 0.27 times in 8 tokens; the mean of the last 5
+    """A uniform policy says token 7 about 0.27 times in 8 tokens; the mean of the last 5
     steps is above the first 5 by more than 3 standard deviations of a batch's mean."""
     scores, _ = learn(seed)
     # a count of about 0.27 has deviation 0.5; 32 of them
@@ -557,7 +572,7 @@ def test_ppo_learns_to_say_the_token_that_pays(one_process, seed):
 
 
 def test_the_kl_penalty_holds_the_policy(one_process):
-    """CHECKS 36. A large coefficient keeps the policy at the reference (KL below 0.01 nats per
+    """A large coefficient keeps the policy at the reference (KL below 0.01 nats per
     token), none lets it go, and a negative one pays for leaving, so that it goes furthest."""
     settings = {"large": {"regularizer": "kl", "kl_coef": 20.0}, "none": {},
                 "negative": {"regularizer": "kl", "kl_coef": -0.5}}

@@ -1,0 +1,211 @@
+"""Twenty exercises: one function is taken out of the code, and the project's tests grade it.
+
+    python course/exercises.py list          all of them; `show 14` tells what one asks for
+    python course/exercises.py start 14      blank the function(s), docstring and signature left
+    python course/exercises.py check 14      run its tests
+    python course/exercises.py solve 14      keep your version as a patch, put the original back
+
+The texts are course/exercises.md, the original is the repository's, by git. A file that has changes
+which are not committed is not touched.
+"""
+import argparse
+import ast
+import difflib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Refused(Exception):
+    """What cannot be done, in a line."""
+
+
+@dataclass(frozen=True)
+class Exercise:
+    number: int
+    title: str
+    functions: tuple      # model.RMSNorm.forward, ..; all in one file
+    level: int
+    text: str             # what is asked, with a hint
+    tests: list           # as pytest takes them
+
+    @property
+    def file(self):
+        return self.functions[0].split(".")[0] + ".py"
+
+
+def read_exercises():
+    """course/exercises.md -> {number: Exercise}."""
+    found, parts = {}, re.split(r"^## ", (ROOT / "course/exercises.md").read_text("utf-8"),
+                                flags=re.M)
+    for part in parts[1:]:
+        heading, about, rest = part.split("\n\n", 2)
+        number, title = heading.split(". ", 1)
+        text, file, tests = re.fullmatch(r"(.*)\n\nTests: `(.*?)` (.*?)\s*", rest, re.S).groups()
+        found[int(number)] = Exercise(
+            int(number), title, tuple(re.findall("`(.*?)`", about)), int(about[-1]), text,
+            [f"{file}::{test}" for test in tests.split(", ")])
+    return found
+
+
+# ------------------------------------------------------------------------------- functions in text
+
+def span(source, name):
+    """Lines of a function's body behind its docstring: [first, last), counted from 0. name:
+    gae, or KVCache.attend."""
+    nodes = ast.parse(source).body
+    for part in name.split("."):
+        node = next(n for n in nodes if getattr(n, "name", None) == part)
+        nodes = node.body
+    first = node.body[0]
+    if ast.get_docstring(node):
+        return first.end_lineno, node.end_lineno
+    return first.lineno - 1, node.end_lineno
+
+
+def with_bodies(source, functions, body_of):
+    """The source with body_of(name) -> lines in place of each function's body."""
+    for function in functions:
+        name = function.split(".", 1)[1]
+        lines, (first, last) = source.splitlines(keepends=True), span(source, name)
+        source = "".join([*lines[:first], *body_of(name), *lines[last:]])
+    return source
+
+
+def blank(source, exercise):
+    """The source as `start` leaves it."""
+    def body_of(name):
+        indent = " " * 4 * (name.count(".") + 1)
+        return [f'{indent}raise NotImplementedError("exercise {exercise.number}")\n']
+    return with_bodies(source, exercise.functions, body_of)
+
+
+def restored(source, original, exercise):
+    """The source with the original's bodies."""
+    def body_of(name):
+        first, last = span(original, name)
+        return original.splitlines(keepends=True)[first:last]
+    return with_bodies(source, exercise.functions, body_of)
+
+
+# --------------------------------------------------------------------------------------------- git
+
+def git(*words):
+    """What git prints, or Refused."""
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True,
+                              check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as e:
+        raise Refused("this needs git, and the project as a git repository (git clone ..): "
+                      f"{getattr(e, 'stderr', '') or e}".strip()) from None
+
+
+def begun_file():
+    """Where it is kept at which commit each exercise was begun."""
+    return ROOT / git("rev-parse", "--git-path", "exercises.json").strip()
+
+
+def begun():
+    return json.loads(begun_file().read_text()) if begun_file().is_file() else {}
+
+
+def start(exercise):
+    """Blank the functions in the working tree."""
+    if git("status", "--porcelain", "--", exercise.file):
+        raise Refused(f"{exercise.file} has changes that are not committed: commit them first "
+                      f"(git commit -m \"..\" {exercise.file}), or drop them")
+    path, commits = ROOT / exercise.file, begun()
+    commits.setdefault(str(exercise.number), git("rev-parse", "HEAD").strip())
+    begun_file().write_text(json.dumps(commits))
+    path.write_text(blank(path.read_text("utf-8"), exercise), "utf-8")
+    return (f"{exercise.title}: write {', '.join(exercise.functions)}; "
+            f"python course/exercises.py check {exercise.number}")
+
+
+def solve(exercise):
+    """Put the original's bodies back; the student's version becomes a patch."""
+    commit = begun().get(str(exercise.number), "HEAD")
+    original = git("show", f"{commit}:{exercise.file}")
+    path = ROOT / exercise.file
+    mine = path.read_text("utf-8")
+    try:
+        solved = restored(mine, original, exercise)
+    except (SyntaxError, StopIteration):         # what stands there cannot be taken apart
+        solved = original
+    if solved == mine:
+        return f"{exercise.file} has the original already"
+    patch = ROOT / f"exercise_{exercise.number}.patch"
+    patch.write_text("".join(difflib.unified_diff(
+        solved.splitlines(keepends=True), mine.splitlines(keepends=True),
+        f"a/{exercise.file}", f"b/{exercise.file}")), "utf-8")
+    path.write_text(solved, "utf-8")
+    return f"the original is back; your version: git apply {patch.name}"
+
+
+# ------------------------------------------------------------------------------------------- tests
+
+PYTEST = ["-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+
+
+def meaning(report, root):
+    """What pytest's report comes to -> (whether all passed, one line: the first failing test and
+    what its docstring says that it means)."""
+    failed = re.search(r"^(?:FAILED|ERROR) ([^\s:]+)(?:::(\w+))?.*?(?: - (.*))?$", report, re.M)
+    if not failed:
+        passed = re.search(r"\d+ passed.*", report)
+        return bool(passed), passed[0] if passed else report.strip()[-200:]
+    file, test, error = failed.groups()
+    if not test:
+        return False, f"{file} cannot be loaded: {error}"
+    functions = {n.name: n for n in ast.parse((Path(root) / file).read_text("utf-8")).body
+                 if isinstance(n, ast.FunctionDef)}
+    says = " ".join(inspect.cleandoc(ast.get_docstring(functions[test]) or "").split())
+    return False, f"{test}: {says}"
+
+
+def check(exercise):
+    """Run the tests -> (whether all passed, a line)."""
+    if f'NotImplementedError("exercise {exercise.number}")' in (ROOT / exercise.file).read_text():
+        return False, f"exercise {exercise.number}, {exercise.title}: still blank"
+    done = subprocess.run([sys.executable, "-m", "pytest", *PYTEST, *exercise.tests], cwd=ROOT,
+                          capture_output=True, text=True)
+    passed, line = meaning(done.stdout + done.stderr, ROOT)
+    return passed, f"exercise {exercise.number}, {exercise.title}: {line}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("list", "show", "start", "check", "solve"))
+    parser.add_argument("number", type=int, nargs="?", help="of the exercise")
+    args = parser.parse_args(argv)
+    exercises = read_exercises()
+    if args.command == "list":
+        for e in exercises.values():
+            print(f"{e.number:2}  level {e.level}  {e.title:32} {', '.join(e.functions)}")
+        return 0
+    if args.number not in exercises:
+        parser.error(f"got {args.number}, expected the number of an exercise, "
+                     f"1 to {max(exercises)}")
+    exercise, passed = exercises[args.number], True
+    try:
+        if args.command == "show":
+            line = f"{exercise.title}: {', '.join(exercise.functions)}\n\n{exercise.text}"
+        elif args.command == "check":
+            passed, line = check(exercise)
+        else:
+            line = {"start": start, "solve": solve}[args.command](exercise)
+    except Refused as e:
+        print(f"exercises.py: {e}", file=sys.stderr)
+        return 2
+    print(line)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
