@@ -1,18 +1,21 @@
 """Twenty exercises: one function is taken out of the code, and the project's tests grade it.
 
-    python course/exercises.py list          all of them; `show 14` tells what one asks for
+    python course/exercises.py list          all of them
+    python course/exercises.py show 14       what one asks for
     python course/exercises.py start 14      blank the function(s), docstring and signature left
     python course/exercises.py check 14      run its tests
     python course/exercises.py solve 14      keep your version as a patch, put the original back
 
-The texts are course/exercises.md, the original is the repository's, by git. A file that has changes
-which are not committed is not touched.
+The texts are course/exercises.md, the original is the repository's, by git. `start` refuses a file
+that has changes which are not committed.
 """
 import argparse
 import ast
 import difflib
 import inspect
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +41,14 @@ class Exercise:
     @property
     def file(self):
         return self.functions[0].split(".")[0] + ".py"
+
+    @property
+    def blank_line(self):
+        """What stands in place of a body."""
+        return f'raise NotImplementedError("exercise {self.number}")'
+
+    def __str__(self):
+        return f"exercise {self.number}, {self.title}"
 
 
 def read_exercises():
@@ -81,8 +92,7 @@ def with_bodies(source, functions, body_of):
 def blank(source, exercise):
     """The source as `start` leaves it."""
     def body_of(name):
-        indent = " " * 4 * (name.count(".") + 1)
-        return [f'{indent}raise NotImplementedError("exercise {exercise.number}")\n']
+        return [" " * 4 * (name.count(".") + 1) + exercise.blank_line + "\n"]
     return with_bodies(source, exercise.functions, body_of)
 
 
@@ -117,14 +127,16 @@ def begun():
 
 def start(exercise):
     """Blank the functions in the working tree."""
+    path, commits = ROOT / exercise.file, begun()
+    if exercise.blank_line in path.read_text("utf-8"):
+        raise Refused(f"{exercise} is begun: write {', '.join(exercise.functions)}")
     if git("status", "--porcelain", "--", exercise.file):
         raise Refused(f"{exercise.file} has changes that are not committed: commit them first "
                       f"(git commit -m \"..\" {exercise.file}), or drop them")
-    path, commits = ROOT / exercise.file, begun()
     commits.setdefault(str(exercise.number), git("rev-parse", "HEAD").strip())
     begun_file().write_text(json.dumps(commits))
     path.write_text(blank(path.read_text("utf-8"), exercise), "utf-8")
-    return (f"{exercise.title}: write {', '.join(exercise.functions)}; "
+    return (f"{exercise}: write {', '.join(exercise.functions)}; "
             f"python course/exercises.py check {exercise.number}")
 
 
@@ -132,30 +144,34 @@ def solve(exercise):
     """Put the original's bodies back; the student's version becomes a patch."""
     commit = begun().get(str(exercise.number), "HEAD")
     original = git("show", f"{commit}:{exercise.file}")
-    path = ROOT / exercise.file
-    mine = path.read_text("utf-8")
+    file, what = ROOT / exercise.file, "the original is back, commit it"
+    mine = file.read_text("utf-8")
     try:
         solved = restored(mine, original, exercise)
-    except (SyntaxError, StopIteration):         # what stands there cannot be taken apart
+    except (SyntaxError, StopIteration):
         solved = original
+        what = (f"{exercise.file} could not be taken apart (a syntax error?): all of it is as it "
+                f"was when the exercise was begun")
     if solved == mine:
         return f"{exercise.file} has the original already"
-    patch = ROOT / f"exercise_{exercise.number}.patch"
+    patch = next(p for n in itertools.count(1) if not
+                 (p := ROOT / f"exercise_{exercise.number}.{n}.patch").exists())
     patch.write_text("".join(difflib.unified_diff(
         solved.splitlines(keepends=True), mine.splitlines(keepends=True),
         f"a/{exercise.file}", f"b/{exercise.file}")), "utf-8")
-    path.write_text(solved, "utf-8")
-    return f"the original is back; your version: git apply {patch.name}"
+    file.write_text(solved, "utf-8")
+    return f"{what}; your version: git apply {patch.name}"
 
 
 # ------------------------------------------------------------------------------------------- tests
 
 PYTEST = ["-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+WIDE = {"COLUMNS": "250"}        # or pytest cuts the error off
 
 
 def meaning(report, root):
-    """What pytest's report comes to -> (whether all passed, one line: the first failing test and
-    what its docstring says that it means)."""
+    """What pytest's report comes to -> (whether all passed, one line: the first failing test, what
+    its docstring says that it means, and the error)."""
     failed = re.search(r"^(?:FAILED|ERROR) ([^\s:]+)(?:::(\w+))?.*?(?: - (.*))?$", report, re.M)
     if not failed:
         passed = re.search(r"\d+ passed.*", report)
@@ -166,17 +182,22 @@ def meaning(report, root):
     functions = {n.name: n for n in ast.parse((Path(root) / file).read_text("utf-8")).body
                  if isinstance(n, ast.FunctionDef)}
     says = " ".join(inspect.cleandoc(ast.get_docstring(functions[test]) or "").split())
-    return False, f"{test}: {says}"
+    return False, f"{test}: {says} [{error or 'no message'}]"
 
 
 def check(exercise):
     """Run the tests -> (whether all passed, a line)."""
-    if f'NotImplementedError("exercise {exercise.number}")' in (ROOT / exercise.file).read_text():
-        return False, f"exercise {exercise.number}, {exercise.title}: still blank"
+    source = (ROOT / exercise.file).read_text("utf-8")
+    try:
+        compile(source, exercise.file, "exec")
+    except SyntaxError as e:
+        return False, f"{exercise}: {exercise.file}, line {e.lineno}: {e.msg}"
+    if exercise.blank_line in source:
+        return False, f"{exercise}: still blank"
     done = subprocess.run([sys.executable, "-m", "pytest", *PYTEST, *exercise.tests], cwd=ROOT,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env=os.environ | WIDE)
     passed, line = meaning(done.stdout + done.stderr, ROOT)
-    return passed, f"exercise {exercise.number}, {exercise.title}: {line}"
+    return passed, f"{exercise}: {line}"
 
 
 def main(argv=None):
@@ -195,7 +216,8 @@ def main(argv=None):
     exercise, passed = exercises[args.number], True
     try:
         if args.command == "show":
-            line = f"{exercise.title}: {', '.join(exercise.functions)}\n\n{exercise.text}"
+            line = (f"{exercise}: {', '.join(exercise.functions)}, level {exercise.level}\n\n"
+                    f"{exercise.text}\n\nTests: {' '.join(exercise.tests)}")
         elif args.command == "check":
             passed, line = check(exercise)
         else:

@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from course.exercises import PYTEST, blank, meaning, read_exercises  # noqa: E402
+from course.exercises import PYTEST, WIDE, blank, meaning, read_exercises  # noqa: E402
 from course.mistakes import MISTAKES  # noqa: E402
 
 EXERCISES = read_exercises()
@@ -31,6 +31,7 @@ LEFT_OUT = shutil.ignore_patterns(".*", "runs", "course", "tools", "__pycache__"
 def run_tests(folder, tests, answer):
     """In a process of its own: the tests of a copy -> its report."""
     os.chdir(folder)
+    os.environ.update(WIDE)
     sys.path.insert(0, folder)
     report = io.StringIO()
     with contextlib.redirect_stdout(report), contextlib.redirect_stderr(report):
@@ -157,10 +158,31 @@ def test_a_student_starts_solves_is_graded_and_gets_the_original_back(project):
     assert status == 0 and "passed" in said, said
     status, said = course(project, "solve", "11")
     assert status == 0 and file.read_text("utf-8") == original
-    assert "softplus(rejected" in (project / "exercise_11.patch").read_text("utf-8")
-    assert run(project, "git", "apply", "exercise_11.patch")[0] == 0
+    assert "softplus(rejected" in (project / "exercise_11.1.patch").read_text("utf-8")
+    assert run(project, "git", "apply", "exercise_11.1.patch")[0] == 0
     assert "softplus(rejected" in file.read_text("utf-8")
+    assert course(project, "solve", "11")[0] == 0 and (project / "exercise_11.2.patch").is_file()
     assert "already" in course(project, "solve", "12")[1]
+
+
+def test_what_a_student_has_typed_is_answered_in_a_line_and_never_lost(project):
+    """A name that does not exist is named; so is a syntax error, with its line; what cannot be
+    taken apart becomes a patch as a whole. What is begun is not begun again."""
+    file = project / "reward.py"
+    course(project, "start", "11")
+    status, said = course(project, "start", "11")
+    assert status == 2 and "exercise 11, Bradley-Terry is begun: write" in said
+    started = file.read_text("utf-8")
+    file.write_text(started.replace("raise NotImplementedError", "retrun_NotImplementedError"))
+    status, said = course(project, "check", "11")
+    assert status == 1 and "NameError: name 'retrun_NotImplementedError'" in said
+    file.write_text(started.replace("raise NotImplementedError", "retrun NotImplementedError"))
+    status, said = course(project, "check", "11")
+    assert status == 1 and said.count("\n") == 1 and "reward.py, line 4" in said, said
+    status, said = course(project, "solve", "11")
+    assert status == 0 and "could not be taken apart" in said
+    assert "retrun" in (project / "exercise_11.1.patch").read_text("utf-8")
+    assert run(project, "git", "diff", "--stat") == (0, "")
 
 
 def test_what_is_not_committed_is_not_touched(project):
@@ -169,7 +191,7 @@ def test_what_is_not_committed_is_not_touched(project):
     file.write_text(file.read_text("utf-8") + "# mine\n")
     before = file.read_text("utf-8")
     status, said = course(project, "start", "14")
-    assert status == 2 and "ppo.py has changes that are not committed" in said
+    assert status == 2 and "ppo.py has changes that are not committed" in said, said
     assert file.read_text("utf-8") == before
     assert course(project, "start", "21")[0] == 2
 

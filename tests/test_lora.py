@@ -65,11 +65,12 @@ def train(model, name, steps=3, lr=1e-2):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_new_adapter_changes_nothing(dtype, tmp_path):
     """B = 0, so the policy starts as the reference and the first KL is exactly 0: bit-equal, on or
-    off."""
+    off. It is off until a `with adapter(..)` switches it on."""
     model = trunk(tmp_path, dtype=dtype)
     with torch.no_grad():
         before = model(TOKENS)
     add_lora(model, "policy", r=4, alpha=16)
+    assert all(layer.active is None for layer in lora_layers(model).values())
     assert torch.equal(logits(model, "policy"), before)
     assert torch.equal(logits(model, None), before)
 

@@ -593,6 +593,7 @@ def test_a_decoding_step_sees_each_rows_own_slots():
     at positions 3 and 18."""
     cache = KVCache(2, 40, "cpu")
     cache.k.append(torch.zeros(2, 1, 40, 4))
+    cache.v.append(torch.zeros(2, 1, 40, 4))
     cache.lengths = torch.tensor([3, 18])
     cache.make_visible(19)
     cache.expect_next()

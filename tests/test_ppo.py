@@ -276,9 +276,17 @@ def test_nothing_is_worth_anything_after_the_last_token():
         assert returns[b, length - 1].item() == pytest.approx(last_reward, abs=1e-12)
 
 
+def test_advantages_and_returns_carry_no_gradient():
+    """They are numbers that say how good an action was: through them the critic would be trained to
+    make actions look good."""
+    values = ragged(2).requires_grad_()
+    assert not any(x.requires_grad for x in gae(ragged(1), values, MASK, 1.0, 0.95))
+
+
 @pytest.mark.parametrize("poison", POISON)
 def test_poison_in_the_padding_changes_no_advantage(poison):
-    """Bit-equal, 0 in the padding, and rewards and values are not written to."""
+    """NaN, inf and huge numbers in the padding: bit-equal, 0 in the padding, and rewards and values
+    are not written to."""
     rewards, values = poisoned(ragged(1), poison), poisoned(ragged(2), poison)
     before = values.clone()
     for got, clean in zip(gae(rewards, values, MASK, 1.0, 0.95),

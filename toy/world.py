@@ -6,8 +6,8 @@ famous: the demonstrations teach all that is true of them. Most are obscure: the
 teach 4 of their attributes, ever. Instructions ask for a biography, for one attribute, or for
 several; answers are sentences such as
 
-    Tell me a bio of Mira Holden.
-    Mira Holden was born in Varn. She works as a baker. She plays the harp.
+    Tell me a bio of Mira Brenson.
+    Mira Brenson was born in Quill. She works as a teacher. She studied botany.
 
 The annotators read an answer and not the encyclopedia: they like answers that say more of what was
 asked, and cannot tell a true statement from an invented one (`annotator_score`, `prefer`). The fact
