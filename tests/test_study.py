@@ -85,9 +85,9 @@ def test_the_settings_of_question_two_are_the_best_of_their_grid(grid):
     nothing is chosen from half a grid."""
     path, rows = grid
     assert study.chosen("LoRA without").split()[-2:] == ["--lr", "1e-3"]
-    wins = {("LoRA with KL, lr 2e-3, 0.1", 90): 0.9, ("LoRA with KL, lr 2e-3, 0.1", 91): 0.4,
-            ("LoRA with KL, lr 4e-3, 0.2", 90): 0.7, ("LoRA with KL, lr 4e-3, 0.2", 91): 0.7,
-            ("LoRA without, lr 4e-3", 90): 0.6, ("LoRA without, lr 1e-3", 91): 0.6}
+    wins = {("LoRA with KL (lr 2e-3), 0.1", 90): 0.9, ("LoRA with KL (lr 2e-3), 0.1", 91): 0.4,
+            ("LoRA with KL (lr 4e-3), 0.2", 90): 0.7, ("LoRA with KL (lr 4e-3), 0.2", 91): 0.7,
+            ("LoRA without (lr 4e-3)", 90): 0.6, ("LoRA without (lr 1e-3)", 91): 0.6}
     for row in rows:
         row["ppo"]["win_reference"][0] = wins.get((row["variant"], row["seed"]), 0.5)
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -282,7 +282,7 @@ def complete_outcomes(lower, none, precision, noise):
     """Made-up outcomes of every planned run. lower: of the paper's Jensen-Shannon, at equal KL;
     none: of no penalty; precision: of LoRA minus all weights."""
     rows, rng = {}, random.Random(0)
-    for which in ("frontier", "need", "ranks", "context"):
+    for which in ("frontier", "need", "ranks", "context", "rates"):
         rows[which] = []
         for job in study.STUDIES[which]().plan:
             name, seed = job.variant.name, job.seeds[-1]
@@ -318,7 +318,7 @@ def test_the_three_tests_decide_as_announced(grid, tmp_path, capsys, effects, ve
     assert "n 24" in tests[1] and "n 6" in tests[0]
     assert "LoRA with KL: 3 of 24 collapsed (4% to 31%)" in out
     assert re.search(r"PPO's seed +5 ", out) and re.search(r"processes +4 ", out)
-    assert "best of n, 64" in out
+    assert "best of n, 64" in out and "LoRA without (lr 2e-3)" in out
     write(tmp_path / "need.jsonl", rows["need"][1:])
     frontier.main([str(tmp_path), f"--out={tmp_path / 'figures'}"])
     tests = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]

@@ -190,7 +190,7 @@ def rates():
     variants = []
     for cell, (flags, learning_rates, coefficients) in CELLS.items():
         for lr in learning_rates:
-            name, own = f"{cell}, lr {lr}", f"{flags} --lr {lr}"
+            name, own = f"{cell} (lr {lr})", f"{flags} --lr {lr}"
             variants += along(own, name, coefficients) or [Variant(name, own)]
     return registered(seed_by_seed(variants, (90, 91)), "rates", VALIDATION)
 
@@ -202,7 +202,7 @@ def chosen(cell):
     for row in read_rows(data) if data.is_file() else []:
         runs.setdefault(row["variant"], []).append(row["ppo"]["win_reference"][0])
     grid = list(dict.fromkeys(job.variant for job in rates().plan
-                              if job.variant.name.startswith(f"{cell}, ")))
+                              if job.variant.name.startswith(f"{cell} (")))
     if any(len(runs.get(variant.name, ())) < 2 for variant in grid):
         raise InputError(f"{data} does not have the whole grid: python toy/study.py rates")
     return max(grid, key=lambda variant: sum(runs[variant.name])).flags
