@@ -10,6 +10,7 @@ import io
 import multiprocessing
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -213,3 +214,14 @@ def test_every_exercise_is_of_the_size_and_in_the_words_that_a_student_is_promis
         assert "> Hint: " in exercise.text
         assert len({f.split(".")[0] for f in exercise.functions}) == 1
         assert 2 <= sum(m.exercise == n for m in MISTAKES) <= 4
+
+
+def test_the_diffs_of_the_experiments_apply():
+    """They are typed by nobody: what `git apply` refuses has been left behind by the code."""
+    text = (ROOT / "course" / "experiments.md").read_text("utf-8")
+    diffs = re.findall(r"```diff\n(.*?)```", text, re.S)
+    assert len(diffs) == 4
+    for diff in diffs:
+        done = subprocess.run(["git", "apply", "--check", "-"], cwd=ROOT, input=diff, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
