@@ -331,3 +331,11 @@ def test_equal_at_equal_kl_but_higher_at_a_common_coefficient_is_only_weaker():
     assert frontier.verdict("A", level, 0.5, [0.05, 0.02]) == "only weaker"
     assert frontier.verdict("A", level, 0.5, [-0.05, 0.02]) == "undecided"
     assert frontier.verdict("A", level | {"high": 0.06}, 0.5, [0.05]) == "undecided"
+
+
+def test_what_the_readme_says_of_the_frontier_is_what_the_program_prints():
+    """Each percentage behind "So far" in toy/README.md is one of `python toy/frontier.py`."""
+    percent = re.compile(r"[+-]?\d+\.\d%")
+    said = percent.findall((ROOT / "toy" / "README.md").read_text().split("**So far**")[1])
+    printed = frontier.report(frontier.load_all(ROOT / "toy"))
+    assert len(said) > 15 and set(said) <= set(percent.findall(printed))
