@@ -180,7 +180,8 @@ def test_a_failed_training_is_named_and_the_study_goes_on(tmp_path, monkeypatch,
 
     tried, kept, ended = [], [], []
     monkeypatch.setattr(study, "run", run)
-    monkeypatch.setattr(study, "keep", lambda job, args: kept.append((job.seeds[-1], job.variant.name)))
+    monkeypatch.setattr(study, "keep",
+                        lambda job, args: kept.append((job.seeds[-1], job.variant.name)))
     args = ["--seeds", "0", "1", "--only=kl", "--only=none", f"--out={tmp_path}",
             f"--data={tmp_path / 'study.jsonl'}"]
     assert study.main(args) == 1
@@ -236,8 +237,8 @@ def test_holms_adjustment():
 
 
 def test_wilsons_interval():
-    """By hand, 0 of 8: from 0 to z^2 / (8 + z^2); 4 of 8: 1/2 +- z sqrt(8 / 4 + z^2 / 4) / (8 + z^2),
-    which is 21.5 to 78.5 %."""
+    """By hand, 0 of 8: from 0 to z^2 / (8 + z^2); 4 of 8: 1/2 +- z sqrt(8 / 4 + z^2 / 4) / (8 +
+    z^2), which is 21.5 to 78.5 %."""
     assert frontier.wilson(0, 8) == pytest.approx((0, 3.8416 / 11.8416), abs=1e-9)
     assert frontier.wilson(4, 8) == pytest.approx((0.2152, 0.7848), abs=1e-4)
 
