@@ -3,7 +3,6 @@ and the pictures; and that what a run leaves behind is read as it stands."""
 import json
 import math
 import random
-import re
 import sys
 
 import pytest
@@ -29,22 +28,31 @@ def made(seed, wins, **more):
     """A hand-made outcome: SFT and step 10. wins: {person: [prompts, wins over the reference,
     over SFT]}."""
     rate = sum(won for _, won, _ in wins.values()) / sum(n for n, _, _ in wins.values())
-    return {"seed": seed, "settings": {"regularizer": "kl"}, "evaluation": {"temperature": 0.7},
-            "wins": wins, "curve": [row(0, 0.0, 0.25), row(10, 0.5, rate)],
-            "training": {key: [1, 2] for key in ("step", *figures.TRAINING)}} | more
+    return {"path": "", "seed": seed, "settings": {"regularizer": "kl"},
+            "evaluation": {"temperature": 0.7}, "wins": wins,
+            "curve": [row(0, 0.0, 0.25), row(10, 0.5, rate)],
+            "training": [dict.fromkeys(("step", *figures.TRAINING), n) for n in (1, 2)]} | more
 
 
-def write(path, *outcomes):
-    path.write_text("".join(json.dumps(outcome) + "\n" for outcome in outcomes))
-    return path
+def called(name, seed, wins):
+    """An outcome of a run that differs from others in its penalty."""
+    return made(seed, wins, settings={"regularizer": name})
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Hand-made outcomes in place of run folders: put them in, by path."""
+    outcomes = {}
+    monkeypatch.setattr(figures, "outcome", lambda path: outcomes[path] | {"path": path})
+    return outcomes
 
 
 def shown(capsys, *argv):
-    """What the program prints -> {first word of a line of the table: its words}, lines by seed."""
+    """What the program prints -> {variant of a line of the table: its words}, lines by seed."""
     figures.main([str(a) for a in argv])
     table, by_seed = capsys.readouterr().out.split("\n\n")[:2]
-    rows = {line.split()[0]: line.split() for line in table.splitlines()[3:]}
-    return rows, by_seed.splitlines()[1:]
+    words = [line.removeprefix("regularizer ").split() for line in table.splitlines()[3:]]
+    return {line[0]: line for line in words}, by_seed.splitlines()[1:]
 
 
 def said(capsys, *argv):
@@ -116,125 +124,87 @@ def test_variants_are_compared_prompt_by_prompt():
 
 # ------------------------------------------------------------------------------- which runs are one
 
-def test_runs_that_share_a_seed_are_not_averaged_as_seeds(tmp_path):
+def test_runs_that_share_a_seed_are_not_averaged_as_seeds():
     """Two runs of seed 0 with the same settings - from other reward models, say - are no sample of
-    seeds: each has a row of its own, called by its path. A file named twice is read once, and a
-    path that is none is not passed over."""
-    paths = [write(tmp_path / f"{name}.jsonl", made(seed, {"x": [10, won, 0]}))
-             for name, seed, won in (("a", 0, 5), ("b", 0, 7), ("c", 1, 4))]
-    a, b, c = paths
-    assert {name: len(runs) for name, runs in figures.load_variants([a, c, a]).items()} == {"kl": 2}
-    apart = figures.load_variants(paths)
-    assert list(apart) == [f"kl, {path}" for path in paths]
-    assert [len(runs) for runs in apart.values()] == [1, 1, 1]
-    with pytest.raises((InputError, OSError), match="typo"):
-        figures.load_variants([a, tmp_path / "typo.jsonl"])
+    seeds: each has a row of its own, called by its path."""
+    a, b, c = (made(seed, {"x": [10, 5, 0]}, path=path) for path, seed in zip("abc", (0, 0, 1)))
+    assert figures.variants_of([a, c]) == {"kl": [a, c]}
+    assert figures.variants_of([a, b, c]) == {"kl, a": [a], "kl, b": [b], "kl, c": [c]}
 
 
-def test_runs_are_called_by_the_settings_in_which_they_differ(tmp_path):
-    """Seeds and paths make no variant; a rank does, and names it. What toy/study.py has named keeps
-    its name."""
+def test_runs_are_called_by_the_settings_in_which_they_differ():
+    """Seeds and paths make no variant; a rank does, and names it."""
     runs = [made(seed, {"x": [10, 5, 0]}, settings={"regularizer": "kl", "lora_rank": rank})
             for seed, rank in ((0, 8), (1, 8), (0, 1))]
-    path = write(tmp_path / "runs.jsonl", *runs, made(0, {"x": [10, 5, 0]}, variant="mine"))
-    names = {name: len(runs) for name, runs in figures.load_variants([path]).items()}
-    assert names == {"lora_rank 8": 2, "lora_rank 1": 1, "mine": 1}
+    names = {name: len(alike) for name, alike in figures.variants_of(runs).items()}
+    assert names == {"lora_rank 8": 2, "lora_rank 1": 1}
 
 
-def test_runs_that_answered_other_prompts_are_not_compared(tmp_path, capsys):
+def test_runs_that_answered_other_prompts_are_not_compared():
     """The validation and the test prompts ask about the same people, four prompts each: nothing but
     what the runs say of their data tells the two apart."""
-    a = made(0, {"x": [4, 2, 0]}, variant="a", evaluation={"temperature": 0.7, "eval_data": "1f"})
-    b = made(0, {"x": [4, 2, 0]}, variant="b", evaluation={"temperature": 0.7, "eval_data": "2e"})
-    assert "evaluated on different data" in said(capsys, write(tmp_path / "runs.jsonl", a, b))
+    runs = [made(seed, {"x": [4, 2, 0]}, evaluation={"temperature": 0.7, "eval_data": data})
+            for seed, data in ((0, "1f"), (1, "2e"))]
+    with pytest.raises(InputError, match="evaluated on different data"):
+        figures.variants_of(runs)
 
 
 # ------------------------------------------------------------------------------------ what is shown
 
-def test_the_table_has_a_row_per_variant(tmp_path, monkeypatch, capsys):
+def test_the_table_has_a_row_per_variant(runs, tmp_path, monkeypatch, capsys):
     """(.5 + .7) / 2 = .6 for variant a, with two seeds; seed 0 alone has a partner in b: +10 %. The
-    first row is what PPO started from. Without matplotlib that is all, and one line says why."""
-    outcomes = [made(seed, {"x": [10, 10 * won, 0], "y": [10, 10 * won, 0]}, variant=name)
-                for name, seed, won in (("a", 0, 0.5), ("a", 1, 0.7), ("b", 0, 0.4))]
-    path = write(tmp_path / "study.jsonl", *outcomes)
+    first row is what PPO started from. A folder named twice is read once. Without matplotlib that
+    is all, and one line says why."""
+    for name, seed, won in (("a", 0, 0.5), ("a", 1, 0.7), ("b", 0, 0.4)):
+        wins = {"x": [10, 10 * won, 0], "y": [10, 10 * won, 0]}
+        runs[f"{name}{seed}"] = called(name, seed, wins)
     monkeypatch.setitem(sys.modules, "matplotlib", None)           # import matplotlib: ImportError
-    rows, by_seed = shown(capsys, path, "--base", "b", "--out", tmp_path / "figures")
+    argv = [*runs, "a0", "--base", "regularizer b", "--out", tmp_path / "figures"]
+    rows, by_seed = shown(capsys, *argv)
     assert rows["SFT"][1:3] == ["1", "25.0%"]
     assert rows["a"][1:3] == ["2", "60.0%"] and rows["b"][1:3] == ["1", "40.0%"]
     assert rows["a"][-2:] == ["+10.0%", "+-0.0%"] and rows["b"][-1] == "-"
     assert len(by_seed) == 1                                       # (b has one seed)
-    assert by_seed[0].split()[:5] == ["a", "50.0%", "70.0%", "|", "+10.0%"]
-    figures.main([str(path), "--out", str(tmp_path / "figures")])
+    assert by_seed[0].split()[1:6] == ["a", "50.0%", "70.0%", "|", "+10.0%"]
+    figures.main(list(map(str, argv)))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "figures need matplotlib: pip install matplotlib"
     assert not (tmp_path / "figures").exists()
 
 
-def test_a_seed_that_was_not_evaluated_is_in_no_curve_and_not_counted(tmp_path, capsys):
+def test_a_seed_that_was_not_evaluated_is_in_no_curve_and_not_counted(runs, capsys):
     """A run without --eval_data beside one with: the table's mean is of the one, and says so,
     whichever comes first."""
     nothing = {"curve": [], "wins": {}, "evaluation": None}
-    path = write(tmp_path / "runs.jsonl", made(0, {"x": [10, 7, 0]}, variant="a") | nothing,
-                 made(1, {"x": [10, 7, 0]}, variant="a"),
-                 made(0, {"x": [10, 7, 0]}, variant="b") | nothing)
-    rows, _ = shown(capsys, path)
+    wins = {"x": [10, 7, 0]}
+    runs |= {"a0": called("a", 0, wins) | nothing, "a1": called("a", 1, wins),
+             "b0": called("b", 0, wins) | nothing}
+    rows, _ = shown(capsys, *runs)
     assert rows["a"][1:3] == ["1", "70.0%"] and rows["b"][1:3] == ["0", "-"]
-    curves = figures.curves_of(figures.load_variants([path]), "regularizer", "step",
+    curves = figures.curves_of(figures.variants_of(list(runs.values())), "step",
                                {"win_reference": "win rate"})
-    assert list(curves) == ["a"]
-    assert [(x, y["value"]) for x, y in curves["a"]["win rate"]] == [(0, 0.25), (10, 0.7)]
+    assert list(curves) == ["regularizer a"]
+    points = curves["regularizer a"]["win rate"]
+    assert [(x, y["value"]) for x, y in points] == [(0, 0.25), (10, 0.7)]
 
 
-def test_a_figure_shows_its_group_and_what_the_runs_know():
-    """Sweeps are in no figure; a run that says no group is in all. Along KL the place of a point is
-    the mean over seeds: (.3 + .5) / 2. These runs say nothing about facts."""
+def test_a_figure_shows_what_the_runs_know():
+    """Along KL the place of a point is the mean over seeds: (.3 + .5) / 2. These runs say nothing
+    about facts."""
     wins = {"x": [10, 5, 0]}
     seeds = [made(0, wins), made(1, wins, curve=[row(0, 0.0, 0.25), row(10, 0.3, 0.7)])]
-    variants = {"own": seeds, "sweep": [made(0, wins, groups=[])],
-                "full": [made(0, wins, groups=["lora_full"])]}
-
-    def names(group, y):
-        return list(figures.curves_of(variants, group, "kl_per_token", {y: y}))
-
-    assert names("regularizer", "win_reference") == ["own"]
-    assert names("lora_full", "win_reference") == ["own", "full"]
-    assert names("lora_full", "precision_famous") == []
-    points = figures.series(seeds, "kl_per_token", "win_reference")
+    points = figures.curves_of({"own": seeds}, "kl_per_token", {"win_reference": "y"})["own"]["y"]
     assert points[1][0] == pytest.approx(0.4) and points[1][1]["value"] == pytest.approx(0.6)
+    assert not figures.curves_of({"own": seeds}, "kl_per_token", {"precision_famous": "y"})
 
 
-def test_figures_are_drawn_where_matplotlib_is(tmp_path):
+def test_figures_are_drawn_where_matplotlib_is(runs, tmp_path):
     """Three of the five: these runs say nothing about facts or annotators."""
     pytest.importorskip("matplotlib")
-    path = write(tmp_path / "a.jsonl", made(0, {"x": [10, 5, 5]}, variant="a"),
-                 made(0, {"x": [10, 6, 5]}, variant="b"))
-    figures.main([str(path), "--out", str(tmp_path / "out")])
+    runs |= {name: called(name, 0, {"x": [10, 5, 5]}) for name in "ab"}
+    figures.main([*runs, "--out", str(tmp_path / "out")])
     drawn = {p.name for p in (tmp_path / "out").iterdir()}
     assert drawn == {"win_steps.png", "win_kl.png", "training.png"}
-
-
-def test_what_the_readme_says_of_the_study_is_what_the_program_prints():
-    """47 runs: three seeds of thirteen variants and eight sweeps. Each number with a decimal point
-    in toy/README.md is one that `python tools/figures.py toy/study.jsonl` prints, and each row of
-    its first table stands in the program's, under the same name."""
-    path = ROOT / "toy" / "study.jsonl"
-    runs = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len({(run["variant"], run["seed"]) for run in runs}) == len(runs) == 47
-    variants = figures.load_variants([path])
-    table = figures.table(variants, "kl")
-    decimal = re.compile(r"[+-]?\d+\.\d+%?")
-    printed = decimal.findall(table + figures.table_by_seed(variants, "kl"))
-    readme = (ROOT / "toy" / "README.md").read_text().split("## The paper in miniature")[1]
-    readme = readme.split("## The frontier")[0]
-    numbers = decimal.findall(readme)
-    assert len(numbers) > 200 and set(numbers) <= set(printed)
-    rows = [re.split(r" *\| *", line)[1:-1] for line in readme.splitlines()]
-    rows = [row for row in rows if len(row) == 8][2:]                          # (not the heading)
-    assert len(rows) == 14
-    for name, *cells in rows:
-        name = name.split(" (")[0].strip("`")
-        line, = [line for line in table.splitlines() if line.startswith(f"{name}  ")]
-        assert all(cell in line for cell in cells), name
 
 
 # --------------------------------------------------------------------------------------- a real run
@@ -242,7 +212,7 @@ def test_what_the_readme_says_of_the_study_is_what_the_program_prints():
 def test_an_outcome_holds_the_curve_of_a_run(tiny, tmp_path, capsys):
     """Evaluated every 2 of 5 steps and at the end: SFT is step 0. The answers before training are
     made once and taken over; they are what the finished run, read back from its files, says with
-    its adapter off. Every fourth row of the metrics is kept, and the last. The folder is a RUN."""
+    its adapter off. The folder is a RUN."""
     rows = json.loads((ROOT / "toy" / "test.json").read_text())[:6]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     folder = tmp_path / "ppo"
@@ -255,7 +225,7 @@ def test_an_outcome_holds_the_curve_of_a_run(tiny, tmp_path, capsys):
     curve = found["curve"]
     assert [row["step"] for row in curve] == [0, 2, 4, 5]
     assert curve[0]["kl_per_token"]["value"] == 0 < curve[3]["kl_per_token"]["value"]
-    assert found["training"]["step"] == [1, 5]
+    assert [row["step"] for row in found["training"]] == [1, 2, 3, 4, 5]
     assert sum(n for n, _, _ in found["wins"].values()) == 6
     evals = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
     last = summarise(json.loads((folder / "eval.json").read_text())["records"])
@@ -265,18 +235,17 @@ def test_an_outcome_holds_the_curve_of_a_run(tiny, tmp_path, capsys):
 
     assert before(evals[0]) == before(evals[1]) == before(last)
     assert evals[1]["after"]["score"]["value"] != evals[0]["after"]["score"]["value"]
-    assert curve[3]["score"]["value"] == float(f"{last['after']['score']['value']:.4g}")
+    assert curve[3]["score"] == last["after"]["score"]
     capsys.readouterr()
     shown_rows, _ = shown(capsys, folder, "--out", tmp_path / "figures")
     assert shown_rows["SFT"][1] == shown_rows["kl"][1] == "1"
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["{tmp}"], "holds no finished PPO run"), (["{tmp}/none.jsonl"], "none.jsonl"),
-    (["{tmp}/rows.jsonl"], "not as toy/study.py writes it"),
-    (["{tmp}/good.jsonl", "--base=b"], "--base b: the variants are a"), ([], "RUN")])
-def test_a_mistake_is_one_line(tmp_path, capsys, argv, message):
-    """A folder without a run, a file that is not there or something else, a base that is none."""
-    (tmp_path / "rows.jsonl").write_text('{"instruction": "Hello."}\n')
-    write(tmp_path / "good.jsonl", made(0, {"x": [1, 1, 1]}, variant="a"))
+    (["{tmp}"], "holds no finished PPO run"), ([], "RUN"),
+    (["good", "--base=b"], "--base b: the variants are kl")])
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
+    """A folder without a run, nothing at all, a base that is none."""
+    if argv[:1] == ["good"]:
+        monkeypatch.setattr(figures, "outcome", lambda path: made(0, {"x": [1, 1, 1]}))
     assert message in said(capsys, *(part.replace("{tmp}", str(tmp_path)) for part in argv))

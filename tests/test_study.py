@@ -25,7 +25,7 @@ def arguments(which, **more):
 def grid(tmp_path, monkeypatch):
     """Outcomes of the grid of learning rates and coefficients, all alike."""
     rows = [{"variant": job.variant.name, "seed": job.seeds[-1],
-             "ppo": {"win_reference": [0.5, 0.0]}} for job in study.rates().plan]
+             "ppo": {"win_reference": [0.5, 0.0]}} for job in study.rates()]
     (tmp_path / "toy").mkdir()
     path = tmp_path / "toy" / "rates.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -38,38 +38,33 @@ def test_no_two_variants_are_the_same_run(which, grid):
     """Each variant's flags are ones that train.py takes, and differ from each other in effect, not
     only in spelling: a sweep over rank that repeats the default would be counted twice. (Where
     spread comes from is measured by runs that differ in a seed or in their processes alone.)"""
-    args, plan, found = arguments(which), study.STUDIES[which]().plan, set()
+    args, plan, found = arguments(which), study.STUDIES[which](), set()
     variants = {job.variant.name: job for job in reversed(plan)}        # (each with its first seed)
     for job in variants.values():
         config = train.parse(job.flags(args)).configs["ppo"]
-        # KL and answers are of one distribution
-        assert which == "paper" or config.eval_temperature == 1.0
+        assert config.eval_temperature == 1.0       # KL and answers are of one distribution
         alike = repr(config).replace(str(job.folder(args)), "").replace(f"={job.seeds[-1]},", "=,")
         found.add((alike, job.seeds, job.variant.processes))
     assert len(found) == len(variants)
     assert len({job.slug for job in plan}) == len(plan)
-    if which == "paper":                                            # "kl" is the default run
-        folder = plan[0].folder(args)
-        default = train.parse(["--stage=ppo", f"--out={folder}", "--steps=48", "--eval_every=12"])
-        assert train.parse(plan[0].flags(args)).configs == default.configs
 
 
 def test_the_plans(grid):
     """Stopped at any time, a study has compared what it has run: seed by seed, the SFT and the
-    reward model of a seed before what starts from them. The seeds are those that were announced:
-    0 to 2 of the paper's (its sweeps have one), then fresh ones."""
+    reward model of a seed before what starts from them. The seeds are those that were
+    announced."""
     plans = {which: study.jobs(arguments(which), []) for which in study.STUDIES}
     runs = {which: [job for job in plan if job.stage == "ppo"] for which, plan in plans.items()}
     assert {which: (len(runs[which]), len(plans[which])) for which in runs} == {
-        "paper": (47, 53), "frontier": (180, 192), "rates": (48, 52), "need": (64, 112),
-        "ranks": (54, 66), "context": (33, 49)}
-    for which in ("paper", "frontier", "rates", "need", "ranks"):
+        "frontier": (180, 192), "rates": (48, 52), "need": (64, 112), "ranks": (54, 66),
+        "context": (39, 55)}
+    for which in ("frontier", "rates", "need", "ranks"):
         seeds = [job.seeds[-1] for job in plans[which]]
         assert seeds == sorted(seeds) and all(len(set(job.seeds)) == 1 for job in plans[which])
     for plan in plans.values():
         assert all(job.needs() in (None, *plan[:i]) for i, job in enumerate(plan))
     seeds = {which: {job.seeds[-1] for job in plan} for which, plan in plans.items()}
-    assert seeds["paper"] == {0, 1, 2} and seeds["rates"] == {90, 91}
+    assert seeds["rates"] == {90, 91}
     assert seeds["frontier"] == seeds["ranks"] == set(range(10, 16))
     assert seeds["need"] == set(range(10, 34))
     lora = [job for job in runs["need"] if "LoRA" in job.variant.name]
@@ -100,15 +95,15 @@ def test_the_settings_of_question_two_are_the_best_of_their_grid(grid):
 
 
 def test_the_committed_outcomes_are_those_of_the_plan(capsys):
-    """`python toy/study.py` in a fresh clone finds nothing to do: no variant is without its runs,
-    and each was made with the flags that stand in VARIANTS. What there is of the frontier was made
-    with its flags."""
-    assert study.main(["--dry_run"]) == 0
-    assert "47 trainings, 47 of them done" in capsys.readouterr().out
+    """`python toy/study.py frontier` in a fresh clone finds nothing to do: no variant is without
+    its runs, and each was made with the flags that stand in PENALTIES. What there is of the others
+    was made with their flags."""
     assert study.main(["frontier", "--dry_run"]) == 0
+    assert "180 trainings, 180 of them done" in capsys.readouterr().out
+    assert study.main(["rates", "--dry_run"]) == study.main(["context", "--dry_run"]) == 0
     with pytest.raises(SystemExit):
-        study.main(["--only=k1"])
-    assert "--only k1: the variants are kl, none" in capsys.readouterr().err
+        study.main(["context", "--only=k1"])
+    assert "--only k1: the variants are none, clamped_kl" in capsys.readouterr().err
 
 
 def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, monkeypatch, capsys):
@@ -117,9 +112,9 @@ def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, monkeypatch,
     read, not run again. Other outcomes in the file stay as they are."""
     rows = json.loads((ROOT / "toy" / "test.json").read_text())[:4]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    data = tmp_path / "data" / "study.jsonl"
+    data = tmp_path / "data" / "context.jsonl"
     more = f"--steps 1 --rollout_batch 8 --minibatch 8 --eval_data {tmp_path}/rows.json"
-    args = ["--seeds=0", "--only=kl", "--base_steps=1", f"--out={tmp_path / 'runs'}",
+    args = ["context", "--seeds=10", "--only=none", "--base_steps=1", f"--out={tmp_path / 'runs'}",
             f"--data={data}"]
 
     def start(*words, more=more):
@@ -127,40 +122,31 @@ def test_the_study_runs_is_resumed_and_skips_what_is_done(tmp_path, monkeypatch,
 
     _, plan = start("--dry_run")
     assert plan.count("train.py --stage") == 3
-    base, folder = tmp_path / "runs" / "seed0", tmp_path / "runs" / "kl_seed0"
+    base, folder = tmp_path / "runs" / "seed10", tmp_path / "runs" / "none_seed10"
     assert f"cp -r {base}/sft {base}/reward {folder} && " in plan
     assert not (tmp_path / "runs").exists()
     status, out = start()
     assert status == 0 and out.count(" done in ") == 3, out
     line = data.read_text()
-    found = json.loads(line)
-    assert found["variant"] == "kl" and [row["step"] for row in found["curve"]] == [0, 1]
+    found, records = json.loads(line), read_json(folder / "ppo" / "eval.json")["records"]
+    assert (found["variant"], found["seed"]) == ("none", 10)
+    for name, system in (("sft", "before"), ("ppo", "after")):      # a mean of what was answered
+        tokens = [record[system]["tokens"] for record in records]
+        assert found[name]["tokens"][0] == pytest.approx(sum(tokens) / 4, abs=1e-5)
     status, out = start()
     assert status == 0 and "1 trainings, 1 of them done" in out
     with pytest.raises(SystemExit) as stop:
         start(more=f"{more} --lr 1e-3")
     assert stop.value.code == 2 and "(now '--steps 48" in capsys.readouterr().err
-    other = json.dumps(found | {"variant": "none"}) + "\n"
+    other = json.dumps(found | {"variant": "bregman"}) + "\n"
     data.write_text(other)
-    log = tmp_path / "runs" / "kl_seed0" / "log.txt"
+    log = folder / "log.txt"
     log.write_text("")
     assert start()[0] == 0 and data.read_text() == other + line
     assert "ppo: finished" in log.read_text() and "step " not in log.read_text()
-    # what the frontier keeps of such a run
-    job = study.Job((0, 0, 0), study.PAPER[0])
-    study.keep(job, arguments("frontier", out=tmp_path / "runs", data=tmp_path / "frontier.jsonl"))
-    kept = json.loads((tmp_path / "frontier.jsonl").read_text())
-    for end, row in (("sft", found["curve"][0]), ("ppo", found["curve"][-1])):
-        for key, (value, se) in kept[end].items():
-            expected = (row[key]["value"], row[key]["se"])
-            assert (value, se) == pytest.approx(expected, abs=1e-5, nan_ok=True)
-    records = read_json(tmp_path / "runs" / "kl_seed0" / "ppo" / "eval.json")["records"]
-    tokens = [record["after"]["tokens"] for record in records]
-    assert kept["ppo"]["tokens"][0] == pytest.approx(sum(tokens) / 4, abs=1e-5)
     # best-of-n from the same models: its score never falls with n, and one answer is SFT's own
     monkeypatch.setattr(best_of_n, "LARGEST", 5)
-    lines = list(best_of_n.best_of_n(tmp_path / "runs" / "kl_seed0" / "ppo", 0,
-                                     tmp_path / "rows.json"))
+    lines = list(best_of_n.best_of_n(folder / "ppo", 10, tmp_path / "rows.json"))
     assert [line["variant"] for line in lines] == ["best of n, 1", "best of n, 2", "best of n, 4"]
     scores = [line["ppo"]["score"][0] for line in lines]
     assert scores == sorted(scores) and scores[0] < scores[-1]
@@ -176,18 +162,18 @@ def test_a_failed_training_is_named_and_the_study_goes_on(tmp_path, monkeypatch,
         assert job.needs() is None or job.needs() in ended
         tried.append((job.seeds[-1], job.stage, name))
         ended.append(job)
-        return not (job.seeds == (1,) or name == "none")
+        return not (job.seeds == (11,) or name == "none")
 
     tried, kept, ended = [], [], []
     monkeypatch.setattr(study, "run", run)
     monkeypatch.setattr(study, "keep",
                         lambda job, args: kept.append((job.seeds[-1], job.variant.name)))
-    args = ["--seeds", "0", "1", "--only=kl", "--only=none", f"--out={tmp_path}",
-            f"--data={tmp_path / 'study.jsonl'}"]
+    args = ["context", "--seeds", "10", "11", "--only=bregman", "--only=none", f"--out={tmp_path}",
+            f"--data={tmp_path / 'context.jsonl'}"]
     assert study.main(args) == 1
-    assert kept == [(0, "kl")] and (1, "ppo", "kl") not in tried
+    assert kept == [(10, "bregman")] and (11, "ppo", "bregman") not in tried
     out = capsys.readouterr().out
-    assert "none_seed0" in out and "FAILED, see" in out and out.count("skipped") == 3
+    assert "none_seed10" in out and "FAILED, see" in out and out.count("skipped") == 3
 
 
 # -------------------------------------------------------------------------------------- statistics
@@ -246,7 +232,8 @@ def test_wilsons_interval():
 def outcome(name, seed, kl, win, **more):
     ends = {"win_reference": win, "win_before": 0.5, "annotator": 3, "score": 1, "tokens": 12,
             "precision_obscure": 1 - kl, "kl_per_token": kl, "kl_per_sequence": 10 * kl} | more
-    return {"variant": name, "seed": seed, "ppo": {key: [x, 0.0] for key, x in ends.items()}}
+    return {"variant": name, "seed": seed, "sft": {"precision_obscure": [0.9, 0.0]},
+            "ppo": {key: [x, 0.0] for key, x in ends.items()}}
 
 
 def write(path, rows):
@@ -274,6 +261,9 @@ def test_penalties_are_compared_where_both_went_equally_far(tmp_path, capsys):
     assert "KL 0.3   interpolated  -10.0%" in out and "n 2 | -10.0% -10.0%" in out
     assert "reward minus kl in the reward: +" not in out.split("At a common coefficient")[0]
     assert "At a common coefficient" in out and out.count("not made") == 3
+    # at KL .15, half way or so from .1 to .2, precision is 1 - KL of the made-up runs; SFT's .9
+    root = (math.sqrt(0.15) - math.sqrt(0.1)) / (math.sqrt(0.2) - math.sqrt(0.1))
+    assert f"KL 0.15 minus SFT: {0.1 - 0.1 - 0.1 * root:+.1%} (" in out
     with pytest.raises(SystemExit):
         frontier.main([str(tmp_path / "none_such")])
     assert "none_such has no frontier.jsonl" in capsys.readouterr().err
@@ -285,7 +275,7 @@ def complete_outcomes(lower, none, precision, noise):
     rows, rng = {}, random.Random(0)
     for which in ("frontier", "need", "ranks", "context", "rates"):
         rows[which] = []
-        for job in study.STUDIES[which]().plan:
+        for job in study.STUDIES[which]():
             name, seed = job.variant.name, job.seeds[-1]
             strength = float(name.rpartition(", ")[2]) if which in ("frontier", "ranks") else 1
             if "jensen_shannon" in name:
@@ -318,6 +308,7 @@ def test_the_three_tests_decide_as_announced(grid, tmp_path, capsys, effects, ve
         assert line.endswith(f": {verdict}"), line
     assert "n 24" in tests[1] and "n 6" in tests[0]
     assert "LoRA with KL: 3 of 24 collapsed (4% to 31%)" in out
+    assert re.search(r"none minus kl in the reward: .*, n 3 \| its KL 0\.\d+ 0\.\d+ 0\.\d+\n", out)
     assert re.search(r"PPO's seed +5 ", out) and re.search(r"processes +4 ", out)
     assert "best of n, 64" in out and "LoRA without (lr 2e-3)" in out
     write(tmp_path / "need.jsonl", rows["need"][1:])
@@ -335,8 +326,10 @@ def test_equal_at_equal_kl_but_higher_at_a_common_coefficient_is_only_weaker():
 
 
 def test_what_the_readme_says_of_the_frontier_is_what_the_program_prints():
-    """Each percentage behind "So far" in toy/README.md is one of `python toy/frontier.py`."""
+    """Each percentage behind "What came out" in toy/README.md is one of `python toy/frontier.py`,
+    a loss ("less by 9.9%") without its sign."""
     percent = re.compile(r"[+-]?\d+\.\d%")
-    said = percent.findall((ROOT / "toy" / "README.md").read_text().split("**So far**")[1])
-    printed = frontier.report(frontier.load_all(ROOT / "toy"))
-    assert len(said) > 15 and set(said) <= set(percent.findall(printed))
+    said = percent.findall((ROOT / "toy" / "README.md").read_text().split("## What came out")[1])
+    printed = percent.findall(frontier.report(frontier.load_all(ROOT / "toy")))
+    unsigned = [number.lstrip("+-") for number in printed]
+    assert len(said) > 100 and set(said) <= {*printed, *unsigned}

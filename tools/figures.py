@@ -1,11 +1,10 @@
 """Several runs beside each other: a table, and pictures where matplotlib is installed.
 
     python tools/figures.py runs/toy/ppo runs/none/ppo
-    python tools/figures.py toy/study.jsonl --base none --out runs/figures
 
-A RUN is the folder of a PPO run (train.py's --eval_every gives its curves their points), or a file
-with one outcome per JSON line, as toy/study.py writes it. Runs whose settings differ in the seed
-alone are one variant, and a row of the table; what distinguishes the others names them.
+A RUN is the folder of a PPO run; train.py's --eval_every gives its curves their points. Runs whose
+settings differ in the seed alone are one variant, and a row of the table; what distinguishes the
+others names them.
 
 Over seeds: the mean, with an error that holds the spread between prompts and that between seeds
 (over_seeds). Differences between two variants are paired by seed and prompt, so that what all
@@ -29,7 +28,7 @@ from eval import (SYSTEMS, Parser, groups_of, judge, mistakes_in_one_line,  # no
                   outcomes, ppo_settings, ratio_with_error, summarise, with_se)
 from model import InputError, read_json  # noqa: E402
 
-# columns of metrics.jsonl that an outcome keeps
+# columns of metrics.jsonl that are drawn
 TRAINING = {"score": "score, logits", "kl_per_token": "KL from SFT, nats per token",
             "entropy": "entropy, nats per token", "clip_frac": "share of tokens clipped",
             "explained_variance": "explained variance of returns", "length": "length, tokens",
@@ -41,16 +40,14 @@ UNKNOWN = dict.fromkeys(("value", "se", "low", "high"), float("nan")) | {"seeds"
 # ----------------------------------------------------------------------------- one run: its outcome
 
 def outcome(folder):
-    """What a PPO run folder tells, small enough to be committed:
+    """What a PPO run folder tells:
 
-    seed, settings; evaluation: what the answers were made with; curve: the evaluation at each step
-    that has one (step 0 is SFT), of each quantity {"value", "se"}; wins: per group of prompts [how
-    many, wins against the reference, wins against SFT]; training: every fourth row of
-    metrics.jsonl, as columns."""
+    path, seed, settings; evaluation: what the answers were made with; curve: the evaluation at each
+    step that has one (step 0 is SFT), of each quantity {"value", "se"}; wins: per group of prompts
+    [how many, wins against the reference, wins against SFT]; training: rows of metrics.jsonl."""
     folder = Path(folder)
     settings, _ = ppo_settings(folder)
-    metrics, evals = lines_of(folder / "metrics.jsonl"), lines_of(folder / "evals.jsonl")
-    won, evaluation = {}, None
+    evals, won, evaluation = lines_of(folder / "evals.jsonl"), {}, None
     if (folder / "eval.json").is_file():
         finished = read_json(folder / "eval.json")
         won, evaluation = wins(finished["records"]), finished["settings"]
@@ -61,13 +58,10 @@ def outcome(folder):
         by_definition = {"win_before": 0.5, "kl_per_token": 0.0, "kl_per_sequence": 0.0}
         sft = {key: {"value": value, "se": 0.0} for key, value in by_definition.items()}
         curve.insert(0, {"step": 0} | sft | evals[-1]["before"])
-    shown = metrics[::4]
-    if len(metrics) % 4 != 1:
-        shown += metrics[-1:]
-    training = {key: [row[key] for row in shown] for key in ("step", *TRAINING)}
     own = {key: value for key, value in settings.items() if key not in INPUTS}
-    return compact({"seed": settings["seed"], "settings": own, "evaluation": evaluation,
-                    "wins": won, "curve": curve, "training": training})
+    return {"path": str(folder), "seed": settings["seed"], "settings": own,
+            "evaluation": evaluation, "wins": won, "curve": curve,
+            "training": lines_of(folder / "metrics.jsonl")}
 
 
 def lines_of(path):
@@ -90,32 +84,13 @@ def wins(records):
     return counts
 
 
-def compact(x):
-    """Numbers to four digits; errors without their intervals."""
-    if isinstance(x, dict):
-        left_out = ("low", "high") if "se" in x else ()
-        return {key: compact(value) for key, value in x.items() if key not in left_out}
-    if isinstance(x, list):
-        return [compact(value) for value in x]
-    return float(f"{x:.4g}") if isinstance(x, float) else x
-
-
 # --------------------------------------------------------------------------- several runs: variants
 
-def load_variants(paths):
-    """Run folders and files of outcomes -> {variant: outcomes, one per seed}, in order.
+def variants_of(runs):
+    """Outcomes -> {variant: its outcomes, one per seed}, in order.
 
     Two runs of one variant with one seed - of other reward models, say - are no sample of seeds:
     each is a variant of its own, called by its path as well."""
-    runs = []
-    for path in {Path(p).resolve(): p for p in paths}.values():                 # (each once)
-        if Path(path).suffix == ".jsonl":
-            runs += [row | {"path": path} for row in read_rows(path)]
-        else:
-            runs.append(outcome(path) | {"path": path})
-    for run in runs:
-        if not {"curve", "wins", "training", "seed", "settings", "evaluation"} <= run.keys():
-            raise InputError(f"{run['path']} holds a line that is not as toy/study.py writes it")
     if len({json.dumps(run["evaluation"]) for run in runs if run["evaluation"]}) > 1:
         raise InputError("the runs were evaluated on different data, or at different temperatures: "
                          "evaluate them alike (train.py --redo eval)")
@@ -131,14 +106,13 @@ def load_variants(paths):
 
 
 def names_of(runs):
-    """What each run is called: its variant's name, or else the settings in which the runs
-    differ."""
+    """What each run is called: the settings in which the runs differ."""
     keys = dict.fromkeys(itertools.chain(*(run["settings"] for run in runs)))
     differ = [key for key in keys if len({repr(run["settings"].get(key)) for run in runs}) > 1]
     names = []
     for run in runs:
         own = ", ".join(f"{key} {run['settings'].get(key)}" for key in differ)
-        names.append(run.get("variant") or own or run["settings"]["regularizer"])
+        names.append(own or run["settings"]["regularizer"])
     return names
 
 
@@ -257,15 +231,15 @@ def table_by_seed(variants, base):
 X_LABELS = {"step": "PPO step",
             "kl_per_token": "KL from SFT, nats per token, on a square-root scale",
             "kl_per_sequence": "KL from SFT, nats per answer, on a square-root scale"}
-FIGURES = (      # file, group of variants, x, label of y, {key of y: its name}
-    ("win_steps", "regularizer", "step", "share of answers preferred",
+FIGURES = (      # file, x, label of y, {key of y: its name}
+    ("win_steps", "step", "share of answers preferred",
      {"win_reference": "win rate against the reference"}),
-    ("win_kl", "regularizer", "kl_per_token", "share of answers preferred",
+    ("win_kl", "kl_per_token", "share of answers preferred",
      {"win_reference": "win rate against the reference"}),
-    ("scores_kl", "regularizer", "kl_per_token", "score per answer",
+    ("scores_kl", "kl_per_token", "score per answer",
      {"score": "proxy: reward model's score (logits)",
       "annotator": "gold: annotators' score (points)"}),
-    ("precision_kl", "lora_full", "kl_per_token", "supported / stated facts",
+    ("precision_kl", "kl_per_token", "supported / stated facts",
      {"precision_famous": "famous people", "precision_obscure": "obscure people"}))
 # Okabe and Ito's colours, which colour-blind people tell apart (jfly.uni-koeln.de/color), each with
 # a marker of its own
@@ -284,14 +258,12 @@ def series(runs, x, y):
     return points
 
 
-def curves_of(variants, group, x, names):
-    """-> {variant: {name of y: points}}. A variant that says which groups it is in (toy/study.py's
-    do) is in those alone; one whose runs say nothing about a y is left out."""
+def curves_of(variants, x, names):
+    """-> {variant: {name of y: points}}, without variants whose runs say nothing about a y."""
     found = {}
     for variant, runs in variants.items():
-        runs = [run for run in evaluated(runs) if group in run.get("groups", [group])]
-        if runs:
-            lines = {name: series(runs, x, y) for y, name in names.items()}
+        if evaluated(runs):
+            lines = {name: series(evaluated(runs), x, y) for y, name in names.items()}
             if all(any(y["seeds"] for _, y in points) for points in lines.values()):
                 found[variant] = lines
     return found
@@ -353,9 +325,10 @@ def draw_training(figure, runs):
     axes = panels(figure, len(TRAINING), shared=False)
     for axis, (key, label) in zip(axes, TRAINING.items()):
         for i, run in enumerate(runs):
-            axis.plot(run["training"]["step"], run["training"][key], label=f"seed {run['seed']}",
-                      color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
-                      markersize=2, linewidth=0.8)
+            rows = run["training"]
+            axis.plot([row["step"] for row in rows], [row[key] for row in rows],
+                      label=f"seed {run['seed']}", color=COLOURS[i % len(COLOURS)],
+                      marker=MARKERS[i % len(MARKERS)], markersize=2, markevery=4, linewidth=0.8)
         axis.set_title(label, fontsize="medium")
     figure.supxlabel("PPO step", fontsize="medium")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(runs))
@@ -364,8 +337,8 @@ def draw_training(figure, runs):
 def drawings(variants, base):
     """Every figure that the runs have the points for; the training curves are those of `base`."""
     yield "training", draw_training, variants[base]
-    for file, group, x, y_label, names in FIGURES:
-        curves = curves_of(variants, group, x, names)
+    for file, x, y_label, names in FIGURES:
+        curves = curves_of(variants, x, names)
         if curves:
             yield file, draw, curves, x, y_label
 
@@ -392,13 +365,14 @@ def main(argv=None):
     with mistakes_in_one_line("figures.py"):
         parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
         parser.add_argument("runs", nargs="+", metavar="RUN", help="PPO run folder, such as "
-                            "runs/toy/ppo, or outcomes, such as toy/study.jsonl")
+                            "runs/toy/ppo")
         parser.add_argument("--base", metavar="VARIANT", help="what the others are compared with "
                             "(default: the first)")
         parser.add_argument("--out", default="figures", metavar="FOLDER",
                             help="where the pictures go (default: figures)")
         args = parser.parse_args(argv)
-        variants = load_variants(args.runs)
+        once = {Path(path).resolve(): path for path in args.runs}
+        variants = variants_of([outcome(path) for path in once.values()])
         base = args.base or next(iter(variants))
         if base not in variants:
             raise InputError(f"--base {base}: the variants are {', '.join(variants)}")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from data import read_rows  # noqa: E402
 from eval import Parser, mistakes_in_one_line  # noqa: E402
 from model import InputError  # noqa: E402
-from toy.study import CELLS, PENALTIES  # noqa: E402
+from toy.study import CELLS, OTHERS, PENALTIES  # noqa: E402
 from tools.figures import (COLOURS, MARKERS, X_LABELS, half_student, panels,  # noqa: E402
                            student_quantile, write_figures)
 
@@ -204,6 +204,33 @@ def common_table(found):
         for penalty, other in COMPARISONS[:2])
 
 
+def cost_table(found):
+    """What PPO costs in precision: KL in the reward at each distance minus SFT, paired by seed."""
+    sft = {seed: rows[COMMON]["sft"][PRECISION][0]
+           for seed, rows in found[REWARD_KL].items() if COMMON in rows}
+    lines = [f"SFT: {fmean(sft.values()):.1%}"]
+    for kl in DISTANCES:
+        there = at_distance(found, REWARD_KL, PRECISION, kl)
+        lost = [value - sft[seed] for seed, value in there.items()]
+        lines.append(f"KL {kl} minus SFT: {interval(student(lost))}")
+    return "\n".join(lines)
+
+
+def others_table(context, frontier):
+    """All penalties of the paper, and two more, with the same seeds; their differences from KL in
+    the reward."""
+    found = {name: {seed: {None: frontier[name][seed][COMMON]} for seed in (10, 11, 12)}
+             for name in (REWARD_KL, PAPER_JS)}
+    found |= {it.name: context[it.name] for it in OTHERS if it.name in context}
+    lines = [grid_table(found)]
+    for name in list(found)[1:]:
+        minus = paired(at_coefficient, found, (name, REWARD_KL), WIN)
+        kls = at_coefficient(found, name, KL).values()
+        lines.append(f"{name} minus {REWARD_KL}: {interval(student(minus))} | its KL "
+                     + " ".join(f"{kl:.3f}" for kl in kls))
+    return "\n".join(lines)
+
+
 def need_table(found):
     """Question 2: none minus KL, and the share of runs that won less than half against SFT."""
     lines = []
@@ -278,13 +305,15 @@ def report(data):
          frontier, WIN, COMPARISONS),
         (equal_kl, distance_table, frontier, PRECISION),
         (differences, comparison_table, frontier, PRECISION, COMPARISONS),
+        ("What it costs", cost_table, frontier),
         (f"At a common coefficient of {COMMON}, as the paper compares: win rate", common_table,
          frontier),
         ("The grid of question 2, on val.json", grid_table, data["rates"]),
         ("2. With a penalty and without", grid_table, need),
         ("Differences, and runs that lose against SFT", need_table, need),
         ("3. How much is trained", grid_table, data["ranks"]),
-        ("4. Other variants and other seeds", grid_table, data["context"]),
+        (f"4. Penalties as the paper compares them, at {COMMON}", others_table, data["context"],
+         frontier),
         ("Standard deviations", spread_table, data["context"], frontier),
         ("Best-of-n (KL: its upper bound)", grid_table, data["best_of_n"])]
     if data["ranks"]:

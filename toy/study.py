@@ -1,20 +1,18 @@
 """Studies in the toy world: many PPO runs, several seeds, by commands that a reader would type.
 
-    python toy/study.py                         the paper in miniature: run what is not there yet
-    python toy/study.py frontier                question 1 of toy/README.md
-    python toy/study.py rates                   learning rates and coefficients for question 2
-    python toy/study.py need                    question 2
-    python toy/study.py ranks                   question 3
-    python toy/study.py context                 question 4 (and toy/best_of_n.py)
-    python toy/study.py frontier --dry_run      the plan and its commands, nothing is started
-    python tools/figures.py toy/study.jsonl     the paper's outcome as a table, and as pictures
-    python toy/frontier.py                      that of the others
+    python toy/study.py frontier              question 1 of toy/README.md: runs what is not there
+    python toy/study.py rates                 learning rates and coefficients for question 2
+    python toy/study.py need                  question 2
+    python toy/study.py ranks                 question 3
+    python toy/study.py context               question 4 (and toy/best_of_n.py)
+    python toy/study.py frontier --dry_run    the plan and its commands, nothing is started
+    python toy/frontier.py                    what came out
 
 One SFT and one reward model per seed (`train.py --stage sft`, `--stage reward`), then for each
 variant a copy of that folder, in which `train.py --stage ppo` runs with the variant's flags. A
-finished run's outcome is one line of toy/STUDY.jsonl (the first's: study.jsonl): what has one is
-not run again, here or on another machine; what was cut short continues. Seed by seed, so that a
-study that is stopped early can be used.
+finished run's outcome is one line of toy/STUDY.jsonl: what has one is not run again, here or on
+another machine; what was cut short continues. Seed by seed, so that a study that is stopped early
+can be used.
 
 What all share are the toy world's defaults (train.py, TOY) but for the study's own flags.
 """
@@ -36,45 +34,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data import read_rows  # noqa: E402
-from eval import Parser, mistakes_in_one_line  # noqa: E402
-from model import InputError, whole_file  # noqa: E402
-from tools.figures import outcome  # noqa: E402
+from eval import Parser, mistakes_in_one_line, summarise  # noqa: E402
+from model import InputError, read_json, whole_file  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of a study: its name, the flags in which it differs from the default run, the groups of
-    figures that show it (tools/figures.py, FIGURES), and in how many processes it is trained."""
+    """A row of a study: its name, the flags in which it differs from the default run, and in how
+    many processes it is trained."""
     name: str
     flags: str = ""
-    groups: tuple = ("regularizer",)
     processes: int = 1
 
 
-BOTH, LORA_FULL, NONE = ("regularizer", "lora_full"), ("lora_full",), ()
-PAPER = [      # the paper's eight
-    Variant("kl", "", BOTH),
-    Variant("none", "--regularizer none", BOTH),
-    Variant("jensen_shannon_paper", "--regularizer jensen_shannon_paper"),
-    Variant("clamped_kl", "--regularizer clamped_kl"),
-    Variant("squared_error", "--regularizer squared_error"),
-    Variant("bregman_paper", "--regularizer bregman_paper"),
-    Variant("dropout only", "--regularizer none --lora_dropout 0.1"),
-    Variant("negative kl", "--kl_coef -0.02"),
-]
-OURS = [       # what it did not have: k3, an unbiased JS in the reward, true gradients in the loss
-    Variant("bregman", "--regularizer bregman"),
-    Variant("jensen_shannon", "--regularizer jensen_shannon"),
-    Variant("exact kl in the loss", "--regularizer_mode loss"),
-    Variant("full, kl", "--lora_rank 0 --lr 3e-4", LORA_FULL),
-    Variant("full, none", "--lora_rank 0 --lr 3e-4 --regularizer none", LORA_FULL),
-]
-SWEEPS = [     # one seed only ("kl" has rank 8 and alpha 32)
-    Variant("exact js in the loss", "--regularizer jensen_shannon --regularizer_mode loss", NONE),
-    Variant("full, kl, lr 1e-3", "--lora_rank 0 --lr 1e-3", NONE),
-    *(Variant(f"rank {rank}", f"--lora_rank {rank}", NONE) for rank in (1, 2, 32)),
-    *(Variant(f"alpha {alpha}", f"--lora_alpha {alpha}", NONE) for alpha in (1, 2, 8)),
-]
 # penalty -> its flags, and coefficients so spaced that neighbouring KLs are within a factor of
 # about 1.6; the last one of each Jensen-Shannon is there for the comparison at 0.1
 PENALTIES = {
@@ -92,6 +64,16 @@ CELLS = {
     "all weights with KL": ("--lora_rank 0 --regularizer kl", ("1.5e-4", "3e-4", "6e-4"),
                             (.05, .1, .2)),
     "all weights without": ("--lora_rank 0 --regularizer none", ("1.5e-4", "3e-4", "6e-4"), ())}
+# question 4: the paper's other variants at the common coefficient; k3, and the unbiased JS
+OTHERS = [
+    Variant("none", "--regularizer none"),
+    Variant("clamped_kl", "--regularizer clamped_kl"),
+    Variant("squared_error", "--regularizer squared_error"),
+    Variant("bregman_paper", "--regularizer bregman_paper"),
+    Variant("dropout only", "--regularizer none --lora_dropout 0.1"),
+    Variant("negative kl", "--kl_coef -0.02"),
+    Variant("bregman", "--regularizer bregman"),
+    Variant("jensen_shannon", "--regularizer jensen_shannon")]
 TEST = os.path.relpath(ROOT / "toy" / "study.json")
 VALIDATION = os.path.relpath(ROOT / "toy" / "val.json")
 STAGES = ("sft", "reward", "ppo")
@@ -121,8 +103,9 @@ class Job:
     def changes(self, args):
         """The flags in which it differs from the default run."""
         if self.variant:
-            common = STUDIES[args.study]().flags
-            return [*common.split(), *self.variant.flags.split(), *args.more.split()]
+            evaluated_on = VALIDATION if args.study == "rates" else TEST
+            common = ["--steps", "48", "--eval_temperature", "1", "--eval_data", evaluated_on]
+            return [*common, *self.variant.flags.split(), *args.more.split()]
         return ["--steps", str(args.base_steps)] if args.base_steps else []
 
     def flags(self, args):
@@ -147,14 +130,6 @@ class Job:
         return Job(self.seeds[:-1]) if self.seeds[1:] else None
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is run: the PPO runs, in order; flags of all of them; the file of their outcomes."""
-    plan: list
-    flags: str
-    data: str
-
-
 def seed_by_seed(variants, seeds):
     """All variants with each seed, whose SFT and reward model they share."""
     return [Job((seed,) * 3, variant) for seed in seeds for variant in variants]
@@ -165,24 +140,11 @@ def along(flags, name, coefficients):
     return [Variant(f"{name}, {c}", f"{flags} --kl_coef {c}") for c in coefficients]
 
 
-def paper():
-    """The paper in miniature. LoRA and full fine-tuning have learning rates of their own; its
-    sweeps have one seed: their rows say n 1, and their error holds no spread between seeds."""
-    plan = seed_by_seed(PAPER + OURS + SWEEPS, [0]) + seed_by_seed(PAPER + OURS, [1, 2])
-    return Study(plan, "--steps 48 --eval_every 12", "study.jsonl")
-
-
-def registered(plan, name, evaluated_on=TEST):
-    """A study of those that toy/README.md announced before their runs."""
-    return Study(plan, f"--steps 48 --eval_temperature 1 --eval_data {evaluated_on}",
-                 f"{name}.jsonl")
-
-
 def frontier():
     """Question 1: four penalties along their frontiers."""
     variants = [variant for penalty, (flags, coefficients) in PENALTIES.items()
                 for variant in along(flags, penalty, coefficients)]
-    return registered(seed_by_seed(variants, range(10, 16)), "frontier")
+    return seed_by_seed(variants, range(10, 16))
 
 
 def rates():
@@ -192,7 +154,7 @@ def rates():
         for lr in learning_rates:
             name, own = f"{cell} (lr {lr})", f"{flags} --lr {lr}"
             variants += along(own, name, coefficients) or [Variant(name, own)]
-    return registered(seed_by_seed(variants, (90, 91)), "rates", VALIDATION)
+    return seed_by_seed(variants, (90, 91))
 
 
 def chosen(cell):
@@ -201,7 +163,7 @@ def chosen(cell):
     data, runs = ROOT / "toy" / "rates.jsonl", {}
     for row in read_rows(data) if data.is_file() else []:
         runs.setdefault(row["variant"], []).append(row["ppo"]["win_reference"][0])
-    grid = list(dict.fromkeys(job.variant for job in rates().plan
+    grid = list(dict.fromkeys(job.variant for job in rates()
                               if job.variant.name.startswith(f"{cell} (")))
     if any(len(runs.get(variant.name, ())) < 2 for variant in grid):
         raise InputError(f"{data} does not have the whole grid: python toy/study.py rates")
@@ -212,8 +174,7 @@ def need():
     """Question 2: whether a KL penalty is needed, under LoRA and without it."""
     cells = {cell: Variant(cell, chosen(cell)) for cell in CELLS}
     lora, full = list(cells.values())[:2], list(cells.values())[2:]
-    plan = seed_by_seed(lora + full, range(10, 18)) + seed_by_seed(lora, range(18, 34))
-    return registered(plan, "need")
+    return seed_by_seed(lora + full, range(10, 18)) + seed_by_seed(lora, range(18, 34))
 
 
 def ranks():
@@ -222,30 +183,29 @@ def ranks():
     kinds = {"rank 1": "--lora_rank 1", "rank 32": "--lora_rank 32",
              "all weights": f"--lora_rank 0 {lr}"}
     variants = [v for name, flags in kinds.items() for v in along(flags, name, (.2, .1, .05))]
-    return registered(seed_by_seed(variants, range(10, 16)), "ranks")
+    return seed_by_seed(variants, range(10, 16))
 
 
 def context():
-    """Question 4: the paper's other variants, and where spread comes from: one seed at a time, or
-    the number of processes alone, is another than in the run that all four share."""
-    others = [variant for variant in PAPER if variant.name not in ("kl", "jensen_shannon_paper")]
-    plan = seed_by_seed(others, (10, 11, 12))
+    """Question 4: other penalties, and where spread comes from: one seed at a time, or the number
+    of processes alone, is another than in the run that all four share."""
+    plan = seed_by_seed(OTHERS, (10, 11, 12))
     for seed in (11, 12, 13, 14):
         plan += [Job((seed, 10, 10), Variant(f"SFT's seed, {seed}")),
                  Job((10, seed, 10), Variant(f"reward model's seed, {seed}")),
                  Job((10, 10, seed), Variant(f"PPO's seed, {seed}"))]
     plan += [Job((10, 10, 10), Variant(f"processes, {n}", processes=n)) for n in (2, 4, 8)]
-    return registered(plan, "context")
+    return plan
 
 
-STUDIES = {it.__name__: it for it in (paper, frontier, rates, need, ranks, context)}
+STUDIES = {it.__name__: it for it in (frontier, rates, need, ranks, context)}
 
 
 def jobs(args, lines):
     """All trainings in the order in which they are begun; of SFT and reward models those that some
     variant still needs."""
     order = {}
-    for job in STUDIES[args.study]().plan:
+    for job in STUDIES[args.study]():
         if args.only and job.variant.name not in args.only:
             continue
         if args.seeds and job.seeds[-1] not in args.seeds:
@@ -351,23 +311,16 @@ def command_line(job, args):
 
 
 def keep(job, args):
-    """Append a finished variant's outcome to the data; of the paper's study all of it, with curves
-    and wins by person; of the others what SFT and the last step came to."""
-    found = outcome(job.folder(args) / "ppo")
-    if args.study == "paper":
-        found = {"groups": job.variant.groups} | found
-    else:
-        ends = {"sft": found["curve"][0], "ppo": found["curve"][-1]}
-        found = {"seed": job.seeds[-1], "train_kl": found["training"]["kl_per_token"][-1]}
-        found |= {name: short(end) for name, end in ends.items()}
-    about = {"variant": job.variant.name, "flags": " ".join(job.changes(args))}
-    append(args.data, about | found)
+    """Append a finished variant's outcome to the data: what SFT and the last step came to."""
+    summary = summarise(read_json(job.folder(args) / "ppo" / "eval.json")["records"])
+    append(args.data, {"variant": job.variant.name, "flags": " ".join(job.changes(args)),
+                       "seed": job.seeds[-1], "sft": short(summary["before"]),
+                       "ppo": short(summary["after"])})
 
 
 def short(summary):
     """What is kept of eval.summarise: values and standard errors."""
-    return {key: [round(x["value"], 5), round(x["se"], 5)] for key, x in summary.items()
-            if key != "step"}
+    return {key: [round(x["value"], 5), round(x["se"], 5)] for key, x in summary.items()}
 
 
 def append(path, line):
@@ -408,7 +361,7 @@ def study(args):
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("study", nargs="?", choices=STUDIES, default="paper", help="what to run")
+    parser.add_argument("study", choices=STUDIES, help="what to run")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, start nothing")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
                         help="these of its seeds (default: all)")
@@ -424,9 +377,8 @@ def main(argv=None):
                                        "file of the study)")
     with mistakes_in_one_line("study.py"):
         args = parser.parse_args(argv)
-        it = STUDIES[args.study]()
-        args.data = args.data or os.path.relpath(ROOT / "toy" / it.data)
-        names = list(dict.fromkeys(job.variant.name for job in it.plan))
+        args.data = args.data or os.path.relpath(ROOT / "toy" / f"{args.study}.jsonl")
+        names = list(dict.fromkeys(job.variant.name for job in STUDIES[args.study]()))
         unknown = set(args.only or ()) - set(names)
         if unknown:
             raise InputError(f"--only {min(unknown)}: the variants are {', '.join(names)}")
