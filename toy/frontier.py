@@ -34,6 +34,7 @@ REWARD_KL, PAPER_JS, LOSS_KL, LOSS_JS = PENALTIES
 COMPARISONS = ((PAPER_JS, REWARD_KL), (LOSS_JS, LOSS_KL), (LOSS_KL, REWARD_KL))
 NEED = (("LoRA without", "LoRA with KL"), ("all weights without", "all weights with KL"))
 COMMON = 0.1                         # coefficient of the comparison that the paper makes
+SPREAD = ("SFT's seed", "reward model's seed", "PPO's seed", "processes")
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -107,11 +108,13 @@ def load(path):
 
 
 def load_all(folder):
-    """Outcomes of all studies, and rank 8 of question 3, which question 1 has run."""
+    """Outcomes of all studies; of question 4 where spread comes from; and rank 8 of question 3,
+    which question 1 has run."""
     names = ("frontier", "rates", "need", "ranks", "context", "best_of_n")
     data = {name: load(Path(folder) / f"{name}.jsonl") for name in names}
     if not data["frontier"]:
         raise InputError(f"{folder} has no frontier.jsonl: python toy/study.py frontier")
+    data["spread"] = {name: data["context"][name] for name in SPREAD if name in data["context"]}
     data["by rank"] = {"rank 8": data["frontier"][REWARD_KL]} | data["ranks"]
     return data
 
@@ -246,16 +249,15 @@ def need_table(found):
     return "\n".join(lines)
 
 
-def spread_table(context, frontier):
+def spread_table(spread, frontier):
     """Standard deviations over runs of which one thing is another, and the run that all share."""
     shared = frontier[REWARD_KL][10][COMMON]
     lines = [f"{'one thing at a time is another':34}{'runs':>5}{'win':>8}{'KL':>8}{'obscure':>9}"]
-    for name in ("SFT's seed", "reward model's seed", "PPO's seed", "processes"):
-        rows = [row for rows in context.get(name, {}).values() for row in rows.values()]
-        if rows:
-            win, kl, obscure = (stdev(row["ppo"][key][0] for row in [shared, *rows])
-                                for key in (WIN, KL, PRECISION))
-            lines.append(f"{name:34}{len(rows) + 1:5}{win:8.1%}{kl:8.3f}{obscure:9.1%}")
+    for name, seeds in spread.items():
+        rows = [shared, *(row for rows in seeds.values() for row in rows.values())]
+        win, kl, obscure = (stdev(row["ppo"][key][0] for row in rows)
+                            for key in (WIN, KL, PRECISION))
+        lines.append(f"{name:34}{len(rows):5}{win:8.1%}{kl:8.3f}{obscure:9.1%}")
     return "\n".join(lines)
 
 
@@ -314,7 +316,7 @@ def report(data):
         ("3. How much is trained", grid_table, data["ranks"]),
         (f"4. Penalties as the paper compares them, at {COMMON}", others_table, data["context"],
          frontier),
-        ("Standard deviations", spread_table, data["context"], frontier),
+        ("Standard deviations", spread_table, data["spread"], frontier),
         ("Best-of-n (KL: its upper bound)", grid_table, data["best_of_n"])]
     if data["ranks"]:
         parts += [(equal_kl, distance_table, by_rank, PRECISION),
