@@ -262,9 +262,9 @@ def test_penalties_are_compared_where_both_went_equally_far(tmp_path, capsys):
     assert "KL 0.3   interpolated  -10.0%" in out and "n 2 | -10.0% -10.0%" in out
     assert "reward minus kl in the reward: +" not in out.split("At a common coefficient")[0]
     assert "At a common coefficient" in out and out.count("not made") == 3
-    # at KL .15, half way or so from .1 to .2, precision is 1 - KL of the made-up runs; SFT's .9
-    root = (math.sqrt(0.15) - math.sqrt(0.1)) / (math.sqrt(0.2) - math.sqrt(0.1))
-    assert f"KL 0.15 minus SFT: {0.1 - 0.1 - 0.1 * root:+.1%} (" in out
+    # made-up precision is 1 - KL: .9 at KL .1, as SFT's, and .8 at .2. The roots of .1, .15 and .2
+    # are .3162, .3873 and .4472: .0711 / .1310 of the way down
+    assert "KL 0.15 minus SFT: -5.4% (" in out
     with pytest.raises(SystemExit):
         frontier.main([str(tmp_path / "none_such")])
     assert "none_such has no frontier.jsonl" in capsys.readouterr().err
@@ -327,10 +327,12 @@ def test_equal_at_equal_kl_but_higher_at_a_common_coefficient_is_only_weaker():
 
 
 def test_what_the_readme_says_of_the_frontier_is_what_the_program_prints():
-    """Each percentage behind "What came out" in toy/README.md is one of `python toy/frontier.py`,
-    a loss ("less by 9.9%") without its sign."""
-    percent = re.compile(r"[+-]?\d+\.\d%")
-    said = percent.findall((ROOT / "toy" / "README.md").read_text().split("## What came out")[1])
-    printed = percent.findall(frontier.report(frontier.load_all(ROOT / "toy")))
+    """Each percentage behind "What came out" in toy/README.md, and before the paper's own numbers
+    each decimal, is one of `python toy/frontier.py`, a loss ("less by 9.9%") without its sign."""
+    decimal = re.compile(r"[+-]?\d+\.\d+%?")
+    readme = (ROOT / "toy" / "README.md").read_text().split("## What came out")[1]
+    outcomes, claims = readme.split("### The paper's claims")
+    said = decimal.findall(outcomes) + [n for n in decimal.findall(claims) if n.endswith("%")]
+    printed = decimal.findall(frontier.report(frontier.load_all(ROOT / "toy")))
     unsigned = [number.lstrip("+-") for number in printed]
     assert len(said) > 100 and set(said) <= {*printed, *unsigned}
