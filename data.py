@@ -48,9 +48,9 @@ def format_prompt(instruction, input=""):
 class Tokenizer:
     """A sentencepiece model. pad_id is -1 where there is none (LLaMA): only masks decide."""
 
-    # Two more bytes of the file's normalizer_spec (field 3): add_dummy_prefix (its field 3) =
-    # false. In protobuf the later value of a field wins: appended, they make a second tokenizer
-    # without prefix.
+    # Protobuf for "normalizer_spec (field 3), two bytes long: add_dummy_prefix (its field 3) =
+    # false". Where a field comes twice the later value wins: appended to the file, these bytes make
+    # it a tokenizer without the prefix.
     NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
     def __init__(self, path):
@@ -190,7 +190,7 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-def check_some(rows, path, limit):
+def require_rows(rows, path, limit):
     if not rows:
         raise InputError(f"{path}: no row is left within {limit} tokens: raise it")
 
@@ -206,7 +206,7 @@ def load_sft(path, tokenizer, max_len):
         if room > 0:
             examples.append(Example(prompt, response[:room]))
             cut += len(response) > room
-    check_some(examples, path, f"--max_len {max_len}")
+    require_rows(examples, path, f"--max_len {max_len}")
     note(cut, f"rows of {path} are longer than --max_len {max_len} and lose their tail")
     note(len(rows) - len(examples), f"rows of {path} are left out: their prompts fill --max_len")
     return examples
@@ -235,7 +235,7 @@ def load_preferences(path, tokenizer, max_len):
         if room > 0 and chosen[:room] != rejected[:room]:
             pairs.append(Pair(prompt, chosen[:room], rejected[:room], str(row.get("flaw", ""))))
             cut += max(len(chosen), len(rejected)) > room
-    check_some(pairs, path, f"--max_len {max_len}")
+    require_rows(pairs, path, f"--max_len {max_len}")
     note(cut, f"pairs of {path} have an answer beyond --max_len {max_len} that loses its tail")
     note(len(rows) - len(pairs), f"pairs of {path} are left out: alike within --max_len {max_len}")
     return pairs
@@ -246,7 +246,7 @@ def load_prompts(path, tokenizer, prompt_len):
     rows = read_rows(path)
     prompts = [prompt_ids(tokenizer, row, f"{path}, row {i}") for i, row in enumerate(rows)]
     kept = [p for p in prompts if len(p) <= prompt_len]
-    check_some(kept, path, f"--prompt_len {prompt_len}")
+    require_rows(kept, path, f"--prompt_len {prompt_len}")
     note(len(prompts) - len(kept), f"prompts of {path} are longer than --prompt_len {prompt_len} "
          "and are dropped")
     return kept

@@ -219,8 +219,8 @@ def evaluate(net, reward_model, tokenizer, rows, micro_batch, **settings):
     answers = {"reference": [row["reference"] for row in rows],
                "before": answer(net, prompts, tokenizer, trained=False, **settings),
                "after": answer(net, prompts, tokenizer, **settings)}
-    own = ("prompt", "reference", "output")
-    records = [{key: row[key] for key in row if key not in own} for row in rows]
+    left_out = ("prompt", "reference", "output")
+    records = [{key: row[key] for key in row if key not in left_out} for row in rows]
     for name, responses in answers.items():
         scores = score_responses(reward_model, prompts, responses, eos_id, micro_batch).tolist()
         for record, ids, score, row in zip(records, responses, scores, rows):
@@ -331,7 +331,7 @@ def report(folder):
              "", table(summary), "",
              f"PPO against SFT: {w['value']:.1%}, 95 % interval {w['low']:.1%} to {w['high']:.1%}",
              ""]
-    for k in (1, 4, 6):
+    for k in (1, 4, 6):                                    # three answers from all over the file
         r = records[len(records) * k // 7]
         lines += [f"> {r['instruction']}", f"  before: {r['before']['text']}",
                   f"  after:  {r['after']['text']}", ""]
@@ -361,12 +361,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def device_and_dtype(name):
+def torch_dtype(name, device):
     """Of a --dtype; auto is float32 on a CPU and bfloat16 on a GPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "auto":
-        name = "bfloat16" if device == "cuda" else "float32"
-    return device, getattr(torch, name)
+        name = "float32" if device == "cpu" else "bfloat16"
+    return getattr(torch, name)
 
 
 def load_answering(folder, adapter=None, tokenizer=None, dtype="auto"):
@@ -379,7 +378,8 @@ def load_answering(folder, adapter=None, tokenizer=None, dtype="auto"):
         tokenizer = tokenizer or base / "tokenizer.model"
         if run["lora_rank"]:
             adapter, base = adapter or base, run["model"]
-    model = load_llama(base, *device_and_dtype(dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_llama(base, device, torch_dtype(dtype, device))
     if content and adapter:
         check_weights(folder, "model", fingerprint(model), content)
     tokenizer = Tokenizer(tokenizer or base / "tokenizer.model")

@@ -145,9 +145,9 @@ def recompute_context(block):
 
 
 def lora_parameters(model, name):
-    """A and B of one adapter, layer by layer: the parameters that an optimiser trains."""
-    layers = lora_layers(model, name).values()
-    return [matrix[name] for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
+    """A and B of one adapter, layer by layer: the parameters that an optimiser trains. InputError
+    if no layer holds it."""
+    return list(adapter_parameters(model, name).values())
 
 
 @torch.no_grad()
@@ -248,7 +248,7 @@ def load_lora(model, name, folder):
     the adapter or the model, or it holds more than an adapter. Then none is added."""
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
-        raise InputError(f"{folder} has no {file.name} (of *.bin tools/convert.py makes it)")
+        raise InputError(f"{folder} has no {file.name}: tools/convert.py makes one from *.bin")
     config, readers = read_adapter_config(folder), tensor_readers(file)
     whole = [key for key in readers if ".lora_" not in key]
     if whole:

@@ -88,8 +88,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions, head_dim, theta):
-    """cos and sin of position * theta^(-2i/d), float32 (RoFormer, eq. 15). (..,) -> two (..,
-    d/2)."""
+    """cos and sin of position * theta^(-2i/d), float32 (RoFormer, eq. 15). (..,) -> (.., d/2)
+    each."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * theta ** (-i / head_dim)
     return angles.cos(), angles.sin()
@@ -244,6 +244,23 @@ class TokenStats(NamedTuple):
     values: Tensor | None = None  # (N,) of the states that predict the tokens, if there is a critic
 
 
+def token_stats(head, banned_mask, ref_head, divergence, states, targets, ref_states):
+    """The plain form: logits -> TokenStats of n targets. (Entropy is of interest without gradients
+    alone.)"""
+    logits = masked_logits(head, states, banned_mask)                            # (n, V)
+    logp = F.log_softmax(logits, dim=-1)
+    taken = logp.gather(-1, targets[:, None])[:, 0]
+    entropy = ref_taken = diverged = None
+    if not torch.is_grad_enabled():
+        entropy = -(logp.exp() * logp).sum(-1)
+    if ref_head is not None:
+        with torch.no_grad():
+            ref_logits = masked_logits(ref_head, ref_states, banned_mask)
+            ref_taken = F.log_softmax(ref_logits, dim=-1).gather(-1, targets[:, None])[:, 0]
+        diverged = divergence(logits, ref_logits)
+    return TokenStats(taken, entropy, ref_taken, diverged)
+
+
 class FrozenHeadLogprobs(torch.autograd.Function):
     """log softmax(W h)[target] of states h (N, D), for a head W (V, D) that does not train: its
     gradient is found on the way.
@@ -286,22 +303,8 @@ def response_logprobs(head, states, targets, banned_mask=None, ref=None, diverge
         # (the usual case: an update under LoRA)
         return TokenStats(FrozenHeadLogprobs.apply(states, targets, head, banned_mask, n),
                           None, None, None)
-
-    def of_some(states, targets, ref_states):
-        logits = masked_logits(head, states, banned_mask)                        # (n, V)
-        logp = F.log_softmax(logits, dim=-1)
-        taken = logp.gather(-1, targets[:, None])[:, 0]
-        entropy = ref_taken = diverged = None
-        if not torch.is_grad_enabled():
-            entropy = -(logp.exp() * logp).sum(-1)
-        if ref is not None:
-            with torch.no_grad():
-                ref_logits = masked_logits(ref[0], ref_states, banned_mask)
-                ref_taken = F.log_softmax(ref_logits, dim=-1).gather(-1, targets[:, None])[:, 0]
-            diverged = divergence(logits, ref_logits)
-        return TokenStats(taken, entropy, ref_taken, diverged)
-
-    ref_states = states if ref is None else ref[1]           # (without a ref only to fill a place)
+    ref_head, ref_states = ref or (None, states)             # (without a ref: to fill a place)
+    of_some = partial(token_stats, head, banned_mask, ref_head, divergence)
     parts = list(zip(states.split(n), targets.split(n), ref_states.split(n)))
     if torch.is_grad_enabled():
         parts = [checkpoint(of_some, *part, use_reentrant=False) for part in parts]
@@ -415,9 +418,9 @@ def check_generate(model, prompts, limits, temperature, top_p):
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise InputError(f"got temperature {temperature}, top_p {top_p}: expected at least 0 "
                          "(greedy), and above 0 up to 1")
-    for prompt, limit in zip(prompts, limits, strict=True):
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if min(len(prompt), limit) < 1 or len(prompt) + limit > room:
-            raise InputError(f"got a prompt of {len(prompt)} tokens and {limit} new ones: expected "
+            raise InputError(f"prompt {i}: got {len(prompt)} tokens and {limit} new ones, expected "
                              f"at least one of each, and together at most {room}")
 
 
@@ -507,11 +510,12 @@ class Decoder:
 
     def __init__(self, model, prompts, limits, u, banned, pick, eos_id, size):
         """u (N, M): each prompt's uniform numbers; pick(logits, u) -> ids and log-probabilities."""
-        device, (N, M), B = model.device, u.shape, min(size, len(prompts))
+        device, B = model.device, min(size, len(prompts))
+        N, M = u.shape
         self.model, self.prompts, self.banned, self.pick = model, prompts, banned, pick
         self.eos_id, self.waiting = eos_id, 0                  # waiting: the next prompt to begin
         self.limits, self.u = torch.tensor(limits, device=device), F.pad(u, (0, 1)).to(device)
-        # (column M and what stands behind a row's end are what ended rows go on saying)
+        # (ended rows go on drawing: what they draw lies behind their `count`, at most in column M)
         self.drawn = torch.zeros((N, M + 1), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((N, M + 1), device=device)
         self.count = torch.zeros_like(self.limits)             # (N,) ids drawn for each prompt
@@ -579,7 +583,8 @@ class Decoder:
         self.done |= (ids == self.eos_id) | (place + 1 == self.limits[self.which])
 
     def read(self):
-        """What the model makes of the ids drawn last (an ended row's next writes over it)."""
+        """Feed the ids just drawn to the model and keep its states. (An ended row's slot is not
+        counted: its next id is written over it.)"""
         self.cache.expect_next()
         self.state.copy_(self.model.hidden(self.last[:, None], self.cache)[:, 0])
         self.cache.lengths += ~self.done
@@ -685,8 +690,8 @@ def weight_readers(path):
     if (path / "model.safetensors").is_file():
         return tensor_readers(path / "model.safetensors")
     if not index.is_file():
-        raise InputError(f"{path} has no model.safetensors (pickled weights, *.bin: "
-                         "tools/convert.py makes it of them)")
+        raise InputError(f"{path} has no model.safetensors: tools/convert.py makes one from "
+                         "pickled weights, *.bin")
     where = read_json(index).get("weight_map", {})
     shards = {file: tensor_readers(path / file) for file in sorted(set(where.values()))}
     return {name: shards[file][name] for name, file in where.items() if name in shards[file]}
@@ -699,9 +704,9 @@ def read_model_config(path):
         raise InputError(f"{path} is an adapter, expected a whole model: tools/convert.py merge "
                          "MODEL OUT --adapter ADAPTER makes one")
     if not (path / "config.json").is_file():
-        raise InputError(f"{path} holds no model: expected config.json and model.safetensors "
-                         "(of Meta's params.json and *.pth tools/convert.py makes them; what PPO "
-                         "has made is in a run's folder ppo)")
+        raise InputError(f"{path} holds no model: expected config.json and model.safetensors. "
+                         "(From Meta's params.json and *.pth tools/convert.py makes them; a PPO "
+                         "run's result is in its folder ppo)")
     return hf_config(read_json(path / "config.json"), path / "config.json")
 
 

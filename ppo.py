@@ -124,9 +124,9 @@ def gae(rewards, values, response_mask, gamma, lam):
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)         A_t = delta_t + gamma lam A_{t+1}
         return_t = A_t + V(s_t)
 
-    V and A after the last True token are 0, EOS or not: the episode is over. lam = 0 is TD(0), lam
-    = gamma = 1 Monte Carlo. rewards, values (B, R) -> advantages, returns (B, R), 0 in the padding,
-    without gradient."""
+    V and A after the last True token are 0, EOS or not: the episode is over. lam = 0 is TD(0),
+    lam = gamma = 1 Monte Carlo. rewards, values (B, R) -> advantages, returns (B, R), 0 in the
+    padding, without gradient."""
     rewards, values = rewards.detach(), torch.where(response_mask, values, 0.0).detach()
     advantages = torch.zeros_like(rewards)
     next_advantage = next_value = torch.zeros_like(rewards[:, 0])
@@ -144,12 +144,12 @@ def with_advantages(rollout, regularizer, kl_coef, missing_eos_penalty, gamma, l
 
     regularizer: name of a sampled penalty, or None (no penalty in the reward)."""
     mask = rollout.response_mask
-    unfinished = torch.where(rollout.finished, 0.0, missing_eos_penalty)
+    charge = torch.where(rollout.finished, 0.0, missing_eos_penalty)
     penalty = torch.zeros_like(rollout.logprobs)
     if regularizer:
         drawn = sampled(regularizer, rollout.logprobs, rollout.ref_logprobs)
         penalty = torch.where(mask, drawn, 0.0)
-    rewards = shape_rewards(rollout.scores - unfinished, penalty, mask, kl_coef)
+    rewards = shape_rewards(rollout.scores - charge, penalty, mask, kl_coef)
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, gamma, lam)
@@ -159,8 +159,9 @@ def with_advantages(rollout, regularizer, kl_coef, missing_eos_penalty, gamma, l
 # ---------------------------------------------------------------------------------------- losses
 
 def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip):
-    """PPO's clipped surrogate, to be minimised (PPO eq. 7): mean of max(-A ratio, -A clamp(ratio, 1
-    - clip, 1 + clip)), ratio = exp(logprobs - old_logprobs).
+    """PPO's clipped surrogate, to be minimised (PPO eq. 7):
+
+        mean of max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)),  ratio = exp(logprobs - old)
 
     All (B, R) -> scalar over the True positions, and detached stats: clip_frac (share of tokens
     whose gradient the clip has cut off), ratio_max and ratio_mean (of |ratio - 1|), approx_kl (k3
@@ -180,7 +181,8 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip):
 
 def value_loss(values, old_values, returns, response_mask, clip):
     """Squared error of the critic, clipped as in PPO's reference code:
-    mean of max((v - R)^2, (v_clip - R)^2) / 2, v_clip = old + clamp(v - old, -clip, clip).
+
+        mean of max((v - R)^2, (v_clip - R)^2) / 2,  v_clip = old + clamp(v - old, -clip, clip)
 
     All (B, R) -> scalar over the True positions, and detached stats: value_clip_frac,
     value_mean."""
@@ -222,27 +224,27 @@ def rollout_statistics(rollout):
     return {name: x.item() for name, x in stats.items()}
 
 
-def token_mean(rows, name):
-    """Mean of a statistic over rows (of micro-batches), each of which counts for its "tokens"."""
-    pairs = [(row[name], row["tokens"]) for row in rows]
+def weighted_mean(rows, name):
+    """Mean of a statistic over rows (of micro-batches), each of which counts for its "terms"."""
+    pairs = [(row[name], row["terms"]) for row in rows]
     return sum(x * n for x, n in pairs) / sum(n for _, n in pairs)
 
 
 def average_statistics(table, norms):
-    """Of one update: means over all tokens, gradient norms over the optimiser steps -> {name:
-    number}.
+    """Statistics of one update: means over all its tokens; gradient norms are averaged over its
+    optimiser steps -> {name: number}.
 
-    table: a row per micro-batch: its "optimizer_step", its number of "tokens" and its statistics.
-    ratio_max is a maximum; first_..: of the first optimiser step, before which nothing has
-    moved."""
+    table: a row per micro-batch: its "optimizer_step", its number of tokens ("terms") and its
+    statistics. ratio_max is a maximum; first_..: of the first optimiser step, before which nothing
+    has moved."""
     first = [row for row in table if row["optimizer_step"] == 0]
-    counts = "optimizer_step", "tokens"
-    stats = {name: token_mean(table, name) for name in table[0] if name not in counts}
+    counts = "optimizer_step", "terms"
+    stats = {name: weighted_mean(table, name) for name in table[0] if name not in counts}
     stats |= {name: sum(n[name] for n in norms) / len(norms) for name in norms[0]}
     stats["ratio_max"] = max(row["ratio_max"] for row in table)
     stats["first_ratio_max"] = max(row["ratio_max"] for row in first)
-    stats["first_ratio_mean"] = token_mean(first, "ratio_mean")
-    stats["first_clip_frac"] = token_mean(first, "clip_frac")
+    stats["first_ratio_mean"] = weighted_mean(first, "ratio_mean")
+    stats["first_clip_frac"] = weighted_mean(first, "clip_frac")
     stats["optimizer_steps"] = len(norms)
     return stats
 
@@ -252,22 +254,25 @@ def check_first_step(rollout, row, dtype, dropout=0.0):
     broken.
 
     row: the statistics of the step. With dropout in the update the first ratio is not 1, and is
-    only reported. float32 logits of 20 to 30, as trained models have, are good to about 1e-5: no
-    token may be off. bfloat16 holds such logits to 0.1: single tokens are far off, and only their
-    mean says something: 3 %."""
+    only reported. In float32, logits of 20 to 30, as trained models have, are accurate to about
+    1e-5: the bounds hold for every token. bfloat16 resolves them to 0.1: single tokens may be far
+    off, so only means are checked, to 3 %."""
     ratio, gap = row["first_ratio_max"], row["sampling_gap"]
     ratio_bound, gap_bound = 1e-4, 5e-4
     if dtype != torch.float32:
         ratio, gap = row["first_ratio_mean"], row["sampling_gap_mean"]
         ratio_bound = gap_bound = 3e-2
-    claims = [("KL(policy || reference) is exactly 0: a new adapter changes nothing",
-               rollout.kl.abs().max().item(), 0.0),
-              ("log-probabilities at sampling equal the recomputed ones: the KV cache agrees with "
-               "the full forward", gap, gap_bound)]
+    require_small(rollout.kl.abs().max().item(), 0.0, "KL(policy || reference) is exactly 0: a new "
+                  "adapter changes nothing")
+    require_small(gap, gap_bound, "log-probabilities at sampling equal the recomputed ones: the KV "
+                  "cache agrees with the full forward")
     if not dropout:
-        claims.append(("the first ratio is 1: the update's forward is the rollout's",
-                       ratio, ratio_bound))
-    for claim, got, bound in claims:
-        if not got <= bound:
-            raise RuntimeError(f"step 1 broke an assumption: {claim}; got a difference of "
-                               f"{got:.2e}, at most {bound:.0e} is rounding")
+        require_small(ratio, ratio_bound, "the first ratio is 1: the update's forward is the "
+                      "rollout's")
+
+
+def require_small(difference, bound, claim):
+    """RuntimeError with the claim if the difference is larger, or NaN."""
+    if not difference <= bound:
+        raise RuntimeError(f"step 1 broke an assumption: {claim}; got a difference of "
+                           f"{difference:.2e}, at most {bound:.0e} is rounding")

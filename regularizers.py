@@ -12,23 +12,26 @@ Legend   B batch, R response tokens, V vocabulary; p the policy, q the reference
     jensen_shannon         (r log(2r/(1+r)) + log(2/(1+r))) / 2      JS(p, q)                  yes
     jensen_shannon_paper   log(2/(1+exp(-|d|))) / 2                  neither                   yes
 
-With sums over the vocabulary: clamped_kl has the expectation sum p log(p/q) over the tokens with p
-> q, squared_error sum p (log p - log q)^2 / 2, bregman_paper sum p^2 / q - 1 - KL,
+With sums over the vocabulary: clamped_kl has the expectation sum p log(p/q) over the tokens with
+p > q, squared_error sum p (log p - log q)^2 / 2, bregman_paper sum p^2 / q - 1 - KL,
 jensen_shannon_paper sum p log(2 max(p, q) / (p + q)) / 2, which is linear in d near 0 and at most
 log(2) / 2. k1, k2, k3 are Schulman's names (joschu.net/blog/kl-approx.html, 2020).
 
 Two ways to use a divergence, which are not the same:
-* in the reward: the sampled value is a number, charged to the token that was drawn; its policy
-  gradient is E_p[f(d) grad log p]. But grad E_p[f(d)] = E_p[f(d) grad log p] + E_p[f'(d) grad log
-  p]: the second half is lost. For k1 it is E_p[grad log p] = 0: nothing is lost, the gradient is
-  that of KL. k2, k3 and JS are of second order in d, and so is what is left of them: near p = q
-  they hardly push. Share of KL's gradient that each keeps (by enumeration in
+* in the reward: the sampled value is a number, charged to the token that was drawn, and its policy
+  gradient is the first half of
+
+      grad E_p[f(d)] = E_p[f(d) grad log p] + E_p[f'(d) grad log p]
+
+  The second half is lost. For k1 it is E_p[grad log p] = 0: nothing is lost, the gradient is that
+  of KL. k2, k3 and JS are of second order in d, and so is what is left of them: near p = q they
+  hardly push. Share of KL's gradient that each keeps (by enumeration in
   tests/test_regularizers.py, V = 200, token KL 0.1): k1 1.00, clamped about .6, bregman_paper .2 to
   .3, k2, k3 and paper-JS below .2, unbiased JS about 0.
 * in the loss: exact(...) is differentiated over the whole vocabulary, and its gradient is the true
-  one of each token's divergence at the states visited (of KL with respect to a logit: p (log p -
-  log q - KL)). How a token changes the KL of later states is left out; k1 in the reward has it,
-  through GAE.
+  one of each token's divergence at the states visited; of KL with respect to a logit it is
+  p (log p - log q - KL). How a token changes the KL of later states is left out; k1 in the reward
+  has it, through GAE.
 One coefficient weighs differently in the two: what is in the reward is divided by the advantages'
 standard deviation when they are whitened, what is in the loss is not. The other two combinations
 are refused. An exact divergence in the reward is the same number whichever token is drawn: its

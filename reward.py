@@ -211,8 +211,8 @@ def build_models(model_path, reward_path, device, dtype, banned_ids=(), rank=8, 
 
 
 def load_critic(model_path, reward_path, device):
-    """A trunk in float32 with the reward model's states, an adapter of it merged. (The critic's own
-    head starts at 0.)"""
+    """The trunk that a fully trained critic starts from: the reward model's, in float32, its
+    adapter, if it is one, merged. (The critic's own head starts at 0.)"""
     trunk = load_llama(model_path, device) if is_adapter(reward_path) else None
     model = load_reward_model(reward_path, device, trunk=trunk)
     if model.adapter_name:

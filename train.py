@@ -51,14 +51,14 @@ from torch.nn.parallel import DistributedDataParallel
 from data import (Tokenizer, batch_indices, even_batch_indices, length_mask, load_eval_rows,
                   load_preferences, load_prompts, load_sft, micro_batches, pack, permutation, say,
                   split_by_instruction)
-from eval import (Parser, accuracy_report, device_and_dtype, evaluate, load_run,
-                  mistakes_in_one_line, pair_accuracy, report, score_pairs, summarise)
+from eval import (Parser, accuracy_report, evaluate, load_run, mistakes_in_one_line,
+                  pair_accuracy, report, score_pairs, summarise, torch_dtype)
 from lora import add_lora, merge_lora, read_adapter_config, save_lora
 from model import (InputError, Llama, LlamaConfig, fingerprint, keyed_seed, load_llama, read_json,
                    pad_right, read_model_config, sample_responses, save_llama,
                    whole_file, write_json, writing)
 from ppo import (average_statistics, check_first_step, join_rollouts, masked_mean, policy_loss,
-                 rollout_statistics, token_mean, value_loss, with_advantages)
+                 rollout_statistics, value_loss, weighted_mean, with_advantages)
 from regularizers import EXACT, SAMPLED
 from reward import (ActorCritic, RewardModel, assess, bradley_terry_loss, build_models, is_adapter,
                     reward_config, save_reward_model)
@@ -190,19 +190,19 @@ FREE = ("micro_batch", "checkpoint_activations", "save_every", "generate_batch",
 TOY_FOLDER = os.path.relpath(Path(__file__).resolve().parent / "toy")
 TOY_MODEL = LlamaConfig(vocab_size=960, dim=128, n_layers=3, n_heads=4, ffn_dim=352, norm_eps=1e-5,
                         max_seq_len=256, tie_embeddings=True)
-TOY_SUPERVISED = {"lora_rank": 0, "max_len": 160, "beta2": 0.95}
+TOY_COMMON = {"tokenizer": f"{TOY_FOLDER}/tokenizer.model", "micro_batch": 32}
+TOY_SUPERVISED = TOY_COMMON | {"lora_rank": 0, "max_len": 160, "beta2": 0.95}
 TOY = {
     "sft": TOY_SUPERVISED | {"sft_data": f"{TOY_FOLDER}/sft.json", "epochs": 10.0, "batch": 16,
                              "lr": 2e-3},
     "reward": TOY_SUPERVISED | {"preference_data": f"{TOY_FOLDER}/preference.json",
                                 "preference_test": f"{TOY_FOLDER}/preference_test.json",
                                 "epochs": 3.0, "batch": 32, "lr": 8e-4},
-    "ppo": {"prompts": f"{TOY_FOLDER}/unlabeled.json", "eval_data": f"{TOY_FOLDER}/test.json",
-            "steps": 80, "rollout_batch": 128, "minibatch": 64, "lr": 2e-3, "lora_alpha": 32.0,
-            "vf_coef": 1.0, "kl_coef": 0.1, "prompt_len": 32, "response_len": 64,
-            "missing_eos_penalty": 3.0}}
-for settings in TOY.values():
-    settings |= {"tokenizer": f"{TOY_FOLDER}/tokenizer.model", "micro_batch": 32}
+    "ppo": TOY_COMMON | {"prompts": f"{TOY_FOLDER}/unlabeled.json",
+                         "eval_data": f"{TOY_FOLDER}/test.json", "steps": 80, "rollout_batch": 128,
+                         "minibatch": 64, "lr": 2e-3, "lora_alpha": 32.0, "vf_coef": 1.0,
+                         "kl_coef": 0.1, "prompt_len": 32, "response_len": 64,
+                         "missing_eos_penalty": 3.0}}
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,11 @@ def build_parser():
                 flags[f"{stage}_{f.name}"] = {stage: f}
     for name, by_stage in flags.items():
         f = list(by_stage.values())[-1]
+        paper = {stage: own.default for stage, own in by_stage.items()}
         toy = {stage: TOY[stage][f.name] for stage in by_stage if f.name in TOY[stage]}
-        about = f"{f.metadata['help']} (default: {f.default!r}; toy world: {toy or 'the same'})"
+        if len(set(paper.values())) == 1:
+            paper = repr(f.default)
+        about = f"{f.metadata['help']} (default: {paper}; toy world: {toy or 'the same'})"
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
@@ -251,6 +254,8 @@ def parse(argv):
     out, redo = given.pop("out", "runs/default" if start else "runs/toy"), given.pop("redo", "")
     alone = start and stage != "all"       # one stage, from models that other commands have made
     folders = {one: Path(out) if alone else Path(out) / one for one in STAGES}
+    if stage == "all" and given.get("reward"):
+        raise InputError("--reward goes with --stage ppo: --stage all trains a reward model itself")
     named, configs = "ppo" if stage == "all" else stage, {}
     for one in STAGES if stage == "all" else [stage]:
         values = {"tokenizer": f"{start}/tokenizer.model"} if start else dict(TOY[one])
@@ -270,12 +275,14 @@ def parse(argv):
                 raise InputError(f"--stage {stage} with --model needs --{name}")
         configs[one] = STAGES[one](**values)
     for name in given:
-        known = name.partition("_")[0] in configs or any(hasattr(c, name) for c in configs.values())
-        if not known:
+        owner, _, plain = name.partition("_")                              # --sft_lr: sft's lr
+        known = owner in configs and plain in OWN
+        if not known and not any(hasattr(c, name) for c in configs.values()):
             say(f"note: --{name} does nothing with --stage {stage}")
-    missing = {"eval": "ppo"}.get(redo, redo) not in configs
-    if redo and missing or redo == "eval" and not configs["ppo"].eval_data:
-        raise InputError(f"--redo {redo} does not go with --stage {stage}, or lacks --eval_data")
+    if redo in STAGES and redo not in configs:
+        raise InputError(f"--redo {redo} does not go with --stage {stage}")
+    if redo == "eval" and not ("ppo" in configs and configs["ppo"].eval_data):
+        raise InputError("--redo eval needs the stage ppo (or all), and --eval_data")
     return Command(stage, redo, out, start, folders, configs)
 
 
@@ -368,7 +375,7 @@ class Run:
         """Keep a step's records, rows for files of JSON lines; a checkpoint, if one is due or if
         somebody asks to stop, which then happens. A kill leaves the old checkpoint or the new
         one."""
-        number = stopper.asked(parameters[0].device)
+        number = stopper.asked()
 
         def save():
             for name, rows in records.items():
@@ -389,14 +396,14 @@ class Run:
 
     def finish(self, save_result, tokenizer, **summary):
         """Write the result (save_result() -> its folder), and last finished.json."""
-        def save():
-            with whole_file(save_result() / "tokenizer.model") as temporary:
+        def write_all():
+            folder = save_result()
+            with whole_file(folder / "tokenizer.model") as temporary:
                 shutil.copyfile(tokenizer.path, temporary)
             write_json(self.folder / "finished.json", summary)
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-        first_does(save)
-        say(f"{self.stage}: {summary['steps']} steps in {clock(summary['seconds'])}, written to "
-            f"{self.folder}\n")
+        first_does(write_all)
+        say(f"{self.stage}: {summary['steps']} steps, written to {self.folder}\n")
 
 
 def digest(path):
@@ -489,21 +496,22 @@ class Stopper:
 
     def note(self, number, _):
         self.signal = number
-        self.__exit__("asked to stop")                   # (from now on a signal ends the process)
+        self.let_go()                                    # (from now on a signal ends the process)
 
-    def __exit__(self, error, *_):
+    def let_go(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def __exit__(self, error, *_):
+        self.let_go()
         if self.signal and not error:                          # it came after the last look
             signal.raise_signal(self.signal)
 
-    def asked(self, device):
+    def asked(self):
         """The signal that any process has got, or 0."""
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT:
             self.signal = signal.SIGTERM
-        flag = torch.tensor([self.signal], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
+        return max(gather(self.signal))
 
 
 # --------------------------------------------------------------------------- what the stages share
@@ -538,21 +546,22 @@ def accumulate(ddp, batch, length, weight, size, loss_of, *key):
     """True accumulation: gradients of the mean loss of a global batch, of which this process takes
     its share, `size` items of similar length at a time -> a row of statistics per micro-batch.
 
-    length(item): in tokens. weight(item): how many terms of the mean it brings ("tokens").
+    length(item): in tokens. weight(item): how many terms of the mean it brings.
     loss_of(ddp, items) -> the mean over their own n terms, statistics. Weighted n * world_size /
     n_global, the sum over micro-batches and DDP's average over processes are the mean over all
-    n_global terms. Gradients travel once, with the last micro-batch. key: of dropout's masks, which
-    belong to the process and the micro-batch as well."""
+    n_global terms. Gradients travel once, with the last micro-batch. key, with the micro-batch's
+    number and the rank, seeds dropout."""
     table, n_global = [], sum(map(weight, batch))
     groups = micro_batches(batch, length, size, rank(), world_size())
     for i, items in enumerate(groups):
         torch.manual_seed(keyed_seed(*key, i, rank()))
         n = sum(map(weight, items))
-        with contextlib.nullcontext() if i == len(groups) - 1 else ddp.no_sync():
+        sync = ddp.no_sync() if i < len(groups) - 1 else contextlib.nullcontext()
+        with sync:
             loss, stats = loss_of(ddp, items)
             (loss * (n * world_size() / n_global)).backward()
         stats = {"loss": loss} | stats
-        table.append({name: x.item() for name, x in stats.items()} | {"tokens": n})
+        table.append({name: x.item() for name, x in stats.items()} | {"terms": n})
     return table
 
 
@@ -601,7 +610,8 @@ def eta(start, done, left):
     return clock((time.time() - start) / done * left)
 
 
-def count(module):
+def parameters_trained(module):
+    """How many, as text."""
     n = sum(p.numel() for p in trainable(module))
     total = sum(p.numel() for p in module.parameters())
     return f"{n:,} of {total:,} parameters are trained ({100 * n / total:.3f} %)"
@@ -620,25 +630,24 @@ def starting_model(cfg, device, dtype, adapter_name):
     return model
 
 
-def supervised(run, module, trunk, items, weight, loss_of, device):
-    """The loop of the sft and reward stages: AdamW, cosine schedule, true accumulation -> steps,
-    seconds.
+def supervised(run, module, trunk, items, pick, weight, loss_of, device):
+    """The loop of the sft and reward stages: AdamW, cosine schedule, true accumulation -> steps.
 
-    weight, loss_of: see accumulate; a term is a response token, or a pair."""
+    pick: which items make a batch (data.batch_indices). weight, loss_of: see accumulate; a term is
+    a response token, or a pair."""
     cfg, parameters, ddp = run.cfg, trainable(module), wrap(module, device).train()
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch))
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0,
                                   fused=True)
     first = run.resume(parameters, optimizer, model=fingerprint(trunk))
     start, lengths = time.time(), [len(item) for item in items]
-    pick = even_batch_indices if run.stage == "reward" else batch_indices
     with Stopper() as stopper:
         for step in range(first + 1, steps + 1):
             lr = set_learning_rate(optimizer, step, steps, round(0.03 * steps), cfg.lr, "cosine")
             picked = pick(lengths, cfg.batch, f"{cfg.seed} {run.stage}", step - 1)
             table = accumulate(ddp, [items[i] for i in picked], len, weight, cfg.micro_batch,
-                               loss_of, cfg.seed, step, 0)
-            loss = token_mean(itertools.chain(*gather(table)), "loss")
+                               loss_of, cfg.seed, step)
+            loss = weighted_mean(itertools.chain(*gather(table)), "loss")
             norm = clip_gradients(parameters, cfg.max_grad_norm, step, "model")
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)           # (gradients stay in DDP's buckets)
@@ -649,7 +658,7 @@ def supervised(run, module, trunk, items, weight, loss_of, device):
             run.end_step(step, parameters, optimizer, stopper, metrics=[row])
     module.eval()
     check_same_parameters(parameters)
-    return steps, time.time() - start
+    return steps
 
 
 # ----------------------------------------------------------------------------------- SFT, reward
@@ -659,9 +668,10 @@ def sft(run, inputs, device, dtype):
     cfg = run.cfg
     model = starting_model(cfg, device, dtype, "sft")
     net = ActorCritic(model, "sft" if cfg.lora_rank else None, autocast_dtype=dtype)
-    say(f"sft: {len(inputs.rows)} demonstrations from {cfg.sft_data}; {count(net)}")
-    steps, seconds = supervised(run, net, model, inputs.rows, lambda e: len(e.response), sft_loss,
-                                device)
+    say(f"sft: {len(inputs.rows)} demonstrations from {cfg.sft_data}; "
+        f"{parameters_trained(net)}")
+    steps = supervised(run, net, model, inputs.rows, batch_indices, lambda e: len(e.response),
+                       sft_loss, device)
 
     def save():
         if cfg.lora_rank:
@@ -670,7 +680,7 @@ def sft(run, inputs, device, dtype):
                    eos_token_id=inputs.tokenizer.eos_id, run=run.settings, content=run.content)
         return run.folder
 
-    run.finish(save, inputs.tokenizer, steps=steps, seconds=seconds)
+    run.finish(save, inputs.tokenizer, steps=steps)
 
 
 def sft_loss(ddp, examples):
@@ -689,8 +699,10 @@ def reward(run, inputs, device, dtype):
     if not cfg.lora_rank:
         trunk.output = None
     say(f"reward: {len(inputs.rows)} pairs from {cfg.preference_data}, {len(inputs.held_out)} held "
-        f"out; {count(model)}")
-    steps, seconds = supervised(run, model, trunk, inputs.rows, lambda p: 1, reward_loss, device)
+        f"out; {parameters_trained(model)}")
+    # (answers are padded to the longest of a micro-batch: pairs of similar length together)
+    steps = supervised(run, model, trunk, inputs.rows, even_batch_indices, lambda p: 1, reward_loss,
+                       device)
     mine = inputs.held_out[rank()::world_size()]
     scored = gather(score_pairs(model, mine, inputs.tokenizer.eos_id, cfg.micro_batch))
     scored = list(itertools.chain(*scored))
@@ -704,7 +716,7 @@ def reward(run, inputs, device, dtype):
         return run.folder
 
     say(accuracy_report(accuracy))
-    run.finish(save, inputs.tokenizer, steps=steps, seconds=seconds, accuracy=accuracy)
+    run.finish(save, inputs.tokenizer, steps=steps, accuracy=accuracy)
 
 
 def reward_loss(ddp, pairs):
@@ -731,7 +743,7 @@ def ppo(run, inputs, device, dtype):
                                      cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     for trunk in (net.policy, net.critic):
         trunk.checkpoint_activations = cfg.checkpoint_activations
-    say(f"ppo: {len(inputs.rows)} prompts from {cfg.prompts}; {count(net)}")
+    say(f"ppo: {len(inputs.rows)} prompts from {cfg.prompts}; {parameters_trained(net)}")
     groups = [{"params": p, "name": name} for name, p in net.groups().items()]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
     parameters = [p for group in groups for p in group["params"]]
@@ -763,7 +775,7 @@ def ppo(run, inputs, device, dtype):
             run.end_step(step, parameters, optimizer, stopper, **records)
     check_same_parameters(parameters)
     run.finish(lambda: save_policy(net, run.folder / "policy", cfg.model, inputs.tokenizer),
-               inputs.tokenizer, steps=cfg.steps, seconds=time.time() - start)
+               inputs.tokenizer, steps=cfg.steps)
 
 
 def respond(cfg, step, net, inputs):
@@ -812,14 +824,16 @@ def update(cfg, step, ddp, optimizer, rollout):
                               cfg.micro_batch, partial(ppo_loss, cfg, rollout),
                               cfg.seed, step, epoch, len(norms))
             table += [row | {"optimizer_step": len(norms)} for row in rows]
-            norms.append({f"{group['name']}_grad_norm": clip_gradients(
-                group["params"], cfg.max_grad_norm, step, group["name"])
-                for group in optimizer.param_groups})
+            norm = {}
+            for group in optimizer.param_groups:
+                norm[f"{group['name']}_grad_norm"] = clip_gradients(
+                    group["params"], cfg.max_grad_norm, step, group["name"])
+            norms.append(norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)               # (gradients stay in DDP's buckets)
     ddp.eval()
     stats = average_statistics(list(itertools.chain(*gather(table))), norms)
-    return stats | {"lr": lr, "kl_coef": cfg.kl_coef}
+    return stats | {"lr": lr}
 
 
 def ppo_loss(cfg, rollout, ddp, index):
@@ -856,7 +870,7 @@ def step_line(row, steps, left):
 def texts_of(step, rollout, tokenizer):
     """Four prompts and responses of a rollout, with their scores, for people to read."""
     texts = []
-    for i in range(len(rollout.tokens[:4])):
+    for i in range(min(4, len(rollout.tokens))):
         row = rollout.rows([i])
         ids, begin = row.tokens[0].tolist(), int(row.prompt_lengths)
         texts.append({"step": step, "score": row.scores.item(),
@@ -938,8 +952,9 @@ def evaluation_settings(cfg):
     return {"temperature": cfg.eval_temperature, "eval_data": digest(cfg.eval_data)}
 
 
-def to_evaluate(run, again):
-    """Whether a PPO run is to be evaluated: --eval_data is given, and eval.json is of another."""
+def needs_evaluation(run, again):
+    """Whether a PPO run is to be evaluated: --eval_data is given, and eval.json is missing, or was
+    made with other settings."""
     path = run.folder / "eval.json"
     before = read_json(path).get("settings") if path.is_file() else None
     return bool(run.cfg.eval_data) and (again or before != evaluation_settings(run.cfg))
@@ -962,18 +977,18 @@ def carry_out(command):
         run.check(redone=stage in later)
     # (what has been made from a stage that is to be run is set aside, too, and made again)
     todo = list(itertools.dropwhile(lambda s: s not in later and runs[s].finished, runs))
+    stale = [s for s in STAGES if s in later or s in todo and runs[s].finished]
     again = "ppo" in todo or command.redo == "eval"
-    evaluating = "ppo" in runs and to_evaluate(runs["ppo"], again)
+    evaluating = "ppo" in runs and needs_evaluation(runs["ppo"], again)
     reading = [stage for stage in runs if stage in todo or stage == "ppo" and evaluating]
     inputs = {stage: read_inputs(command, stage) for stage in reading}
     device, held = start_processes(), []
-    dtype = device_and_dtype(list(runs.values())[0].cfg.dtype)[1]
+    dtype = torch_dtype(list(runs.values())[0].cfg.dtype, device)
 
     def make_room():
         held.append(hold(Path(command.out)))
-        for stage in reversed(STAGES):
-            if stage in later or stage in todo and runs[stage].finished:
-                set_aside(command.folders[stage])
+        for stage in reversed(stale):
+            set_aside(command.folders[stage])
         if evaluating:
             set_aside(runs["ppo"].folder / "eval.json")
         if not Path(command.out).exists():            # --out itself was set aside

@@ -27,8 +27,13 @@ def test_a_draw_is_half_a_win_and_swapping_sides_gives_the_rest():
     ours, theirs = [3, 2, 1, 0], [1, 1, 1, 1]
     assert evaluation.win_rate(ours, theirs) == 0.625
     assert evaluation.win_rate(theirs, ours) == 0.375
+
+
+def test_answers_that_are_not_paired_are_not_compared():
+    """Two lists of unequal length are a ValueError: cut to the shorter one, a missing answer would
+    shift all others."""
     with pytest.raises(ValueError):
-        evaluation.win_rate([1, 2], [1])              # answers that are not paired are not compared
+        evaluation.win_rate([1, 2], [1])
 
 
 def test_a_score_that_is_no_number_is_refused():
@@ -314,7 +319,7 @@ def test_an_answer_ends_where_the_models_positions_do(tiny, tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         written(tiny / "sft", tmp_path, rows=[{"instruction": "Who? " * 90}])
     said = capsys.readouterr().err
-    assert re.search(r"a prompt of \d+ tokens .* together at most 128\n$", said)
+    assert re.search(r"prompt 0: got \d+ tokens .* together at most 128\n$", said)
 
 
 def test_chat_answers_line_by_line(finished, monkeypatch, capsys):

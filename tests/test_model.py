@@ -826,8 +826,8 @@ def smallest_set(probs, top_p):
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.5, 0.62, 0.9, 0.999])
 def test_top_p_draws_from_exactly_the_nucleus(top_p):
-    """Nothing outside the smallest set whose mass reaches top_p; inside, the softmax renormalised,
-    p > .001."""
+    """Nothing outside the smallest set whose mass reaches top_p; inside, the softmax renormalised
+    (u is scaled by the mass that is left), p > .001."""
     probs = normalised([3, 20, 1, 14, 7, 11, 2, 42])
     nucleus = smallest_set(probs, top_p)
     out = generate(model_that_says(probs), [[3]] * 10_000, 1, top_p=top_p, eos_id=-1, banned_ids=())
@@ -845,6 +845,19 @@ def test_a_token_is_the_first_whose_cumulative_probability_exceeds_the_uniform()
     ids, logprobs = sample(logits.expand(7, 5), u)
     assert ids.tolist() == [1, 1, 3, 3, 4, 4, 4]
     assert logprobs.exp().tolist() == pytest.approx([0.25] * 4 + [0.5] * 3, abs=1e-6)
+
+
+def test_a_logprob_is_at_the_temperature_of_the_draw_before_the_nucleus():
+    """By hand, probabilities (.2, .3, .5): at temperature 1/2 they are squares over their sum, .04,
+    .09 and .25 over .38. A nucleus of .6 leaves the last id alone, whose log-probability is still
+    log(.25 / .38), not 0. A greedy draw has no probability: 0."""
+    logits, u = torch.tensor([[0.2, 0.3, 0.5]]).log(), torch.tensor([0.2])
+    ids, logprobs = sample(logits, u, temperature=0.5)
+    assert ids.tolist() == [1] and logprobs.item() == pytest.approx(math.log(0.09 / 0.38), abs=1e-6)
+    ids, logprobs = sample(logits, u, temperature=0.5, top_p=0.6)
+    assert ids.tolist() == [2] and logprobs.item() == pytest.approx(math.log(0.25 / 0.38), abs=1e-6)
+    ids, logprobs = sample(logits, u, temperature=0)
+    assert ids.tolist() == [2] and logprobs.item() == 0
 
 
 class Parallel(torch.Tensor):

@@ -587,7 +587,7 @@ def test_statistics_of_micro_batches_are_means_over_their_tokens():
     """Micro-batches of 1 and 3 tokens with losses 1 and 5 have the mean 4, not 3. What is said of
     the first minibatch is of the first optimiser step alone; the farthest ratio is a maximum."""
     def row(step, tokens, x):
-        return {"optimizer_step": step, "tokens": tokens, "policy_loss": x, "ratio_max": x / 10,
+        return {"optimizer_step": step, "terms": tokens, "policy_loss": x, "ratio_max": x / 10,
                 "ratio_mean": x / 20, "clip_frac": x / 40}
 
     table = [row(0, 1, 1.0), row(0, 1, 3.0), row(1, 6, 8.0)]

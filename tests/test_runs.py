@@ -138,17 +138,18 @@ def broken(name, replacement, flags):
 def test_a_signal_that_comes_while_the_processes_agree_counts_next_time(monkeypatch, one_process):
     """Each step ends with a question to all processes, whether one was asked to stop. A signal
     during the question is not in its answer; written over by it, it would be lost."""
-    stopper, reduce = train.Stopper(), torch.distributed.all_reduce
+    stopper, gather = train.Stopper(), train.gather
 
-    def interrupted(flag, op):
-        reduce(flag, op=op)
+    def interrupted(local):
+        parts = gather(local)
         os.kill(os.getpid(), signal.SIGTERM)
+        return parts
 
-    monkeypatch.setattr(train.dist, "all_reduce", interrupted)
+    monkeypatch.setattr(train, "gather", interrupted)
     with pytest.raises(ZeroDivisionError), stopper:      # (an error: the end raises no signal)
-        assert not stopper.asked("cpu")
+        assert not stopper.asked()
         monkeypatch.undo()
-        assert stopper.asked("cpu") == signal.SIGTERM
+        assert stopper.asked() == signal.SIGTERM
         raise ZeroDivisionError
 
 
@@ -283,10 +284,10 @@ def stopped_after(step, flags):
     def told_to_stop():
         asked, steps = train.Stopper.asked, itertools.count(1)
 
-        def told(self, device):
+        def told(self):
             if next(steps) == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return asked(self, device)
+            return asked(self)
 
         train.Stopper.asked = told
         train.main(flags)
@@ -528,7 +529,7 @@ def test_redo_of_the_evaluation_keeps_the_policy_and_the_old_answers(toy_run, tm
 
 def test_redo_of_the_evaluation_needs_a_policy_and_data(toy_run, tmp_path, capsys):
     flags = [f"--out={toy_run / 'run'}", "--redo=eval"]
-    assert "--redo eval does not go with --stage sft" in one_line(capsys, [*flags, "--stage=sft"])
+    assert "--redo eval needs the stage ppo" in one_line(capsys, [*flags, "--stage=sft"])
     assert "--eval_data" in one_line(capsys, toy_flags(toy_run / "run", toy_run, redo="eval",
                                                        eval_data=""))
 
@@ -707,6 +708,8 @@ def test_a_flag_that_does_nothing_here_is_named(capsys):
     train.parse(["--stage=sft", "--kl_coef=0.3", "--reward_lr=1", "--lr=1", "--sft_steps=3"])
     assert capsys.readouterr().out == ("note: --kl_coef does nothing with --stage sft\n"
                                        "note: --reward_lr does nothing with --stage sft\n")
+    train.parse(["--stage=reward", "--reward=x"])
+    assert capsys.readouterr().out == "note: --reward does nothing with --stage reward\n"
     train.parse(["--lr=1", "--sft_lr=1", "--epochs=2", "--prompts=x", "--preference_data=y"])
     assert capsys.readouterr().out == ""
 
@@ -716,7 +719,8 @@ def test_help_shows_every_setting_with_its_default(capsys):
         train.main(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and all(f"--{name}" in out for name in FIELDS)
-    assert "rollout batches (default: 781; toy world: {'ppo': 80})" in out
+    assert "(default: {'sft': 0, 'reward': 0, 'ppo': 781}; toy world: {'ppo': 80})" in out
+    assert "rank of the adapters (0: train all weights) (default: 8; toy" in out
 
 
 # ----------------------------------------------------------------------------------------- mistakes
@@ -738,7 +742,8 @@ MISTAKES = [       # flags, a.json, what is said
     (["--eval_every=5"], None, "--eval_every needs --eval_data"),
     (["--gamma=nan"], None, "--gamma nan: expected a number"),
     (["--lr=inf"], None, "--lr inf: expected a number"),
-    (["--stage=all"], None, "--stage all with --model needs --sft_data"),
+    (["--stage=all", "--reward="], None, "--stage all with --model needs --sft_data"),
+    (["--stage=all"], None, "--reward goes with --stage ppo"),
     (["--redo=sft"], None, "--redo sft does not go with --stage ppo"),
     ([*SFT, "--max_len=400"], [ROW], "400 tokens .* exceed the 128 positions"),
     (["--prompt_len=120", "--response_len=50"], None, "170 tokens .* exceed the 128 positions"),

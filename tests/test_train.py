@@ -167,7 +167,7 @@ def test_sft_loss_is_cross_entropy_of_response_tokens():
 def test_ragged_micro_batches_add_up_to_one_batch(one_process):
     """The mean over micro-batches of their means is not the mean over tokens: each is
     weighted by its tokens. Answers of 2 to 9 tokens in micro-batches of 1, 2 and 5 give loss and
-    gradient of the whole batch of 8."""
+    gradient of the whole batch of 8. Statistics come back as numbers, which JSON can hold."""
     torch.manual_seed(0)
     net = ActorCritic(Llama(SMALL))
     ddp = train.wrap(net, "cpu")
@@ -177,7 +177,8 @@ def test_ragged_micro_batches_add_up_to_one_batch(one_process):
         ddp.zero_grad(set_to_none=False)
         table = train.accumulate(ddp, examples, len, lambda e: len(e.response), size,
                                  train.sft_loss)
-        loss = sum(row["loss"] * row["tokens"] for row in table) / 44      # 2 + 3 + .. + 9 tokens
+        assert all(type(row["loss"]) is float for row in table)
+        loss = sum(row["loss"] * row["terms"] for row in table) / 44      # 2 + 3 + .. + 9 tokens
         return loss, torch.cat([p.grad.flatten().clone() for p in net.parameters()])
 
     whole_loss, whole = loss_and_gradient(8)
