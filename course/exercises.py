@@ -7,7 +7,7 @@
     python course/exercises.py solve 14      keep your version as a patch, put the original back
 
 The texts are course/exercises.md, the original is the repository's, by git. `start` refuses a file
-that has changes which are not committed.
+that has changes which are not committed, but for those of other exercises.
 """
 import argparse
 import ast
@@ -67,41 +67,40 @@ def read_exercises():
 
 # ------------------------------------------------------------------------------- functions in text
 
-def span(source, name):
-    """Lines of a function's body behind its docstring: [first, last), counted from 0. name:
-    gae, or KVCache.attend."""
+def cut(source, name):
+    """The source in four: what stands before a function, its head (decorators, signature and
+    docstring), its body, what comes after. name: gae, or KVCache.attend."""
     nodes = ast.parse(source).body
     for part in name.split("."):
         node = next(n for n in nodes if getattr(n, "name", None) == part)
         nodes = node.body
-    first = node.body[0]
-    if ast.get_docstring(node):
-        return first.end_lineno, node.end_lineno
-    return first.lineno - 1, node.end_lineno
-
-
-def with_bodies(source, functions, body_of):
-    """The source with body_of(name) -> lines in place of each function's body."""
-    for function in functions:
-        name = function.split(".", 1)[1]
-        lines, (first, last) = source.splitlines(keepends=True), span(source, name)
-        source = "".join([*lines[:first], *body_of(name), *lines[last:]])
-    return source
+    begin = min(n.lineno for n in (node, *node.decorator_list)) - 1
+    first, end = node.body[0], node.end_lineno
+    body = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
+    lines = source.splitlines(keepends=True)
+    return ["".join(part) for part in (lines[:begin], lines[begin:body], lines[body:end],
+                                       lines[end:])]
 
 
 def blank(source, exercise):
     """The source as `start` leaves it."""
-    def body_of(name):
-        return [" " * 4 * (name.count(".") + 1) + exercise.blank_line + "\n"]
-    return with_bodies(source, exercise.functions, body_of)
+    for function in exercise.functions:
+        name = function.split(".", 1)[1]
+        before, head, _, after = cut(source, name)
+        indent = " " * 4 * (name.count(".") + 1)
+        source = f"{before}{head}{indent}{exercise.blank_line}\n{after}"
+    return source
 
 
 def restored(source, original, exercise):
-    """The source with the original's bodies."""
-    def body_of(name):
-        first, last = span(original, name)
-        return original.splitlines(keepends=True)[first:last]
-    return with_bodies(source, exercise.functions, body_of)
+    """The source with the original's functions."""
+    for function in exercise.functions:
+        name = function.split(".", 1)[1]
+        before, _, _, after = cut(source, name)
+        _, head, body, _ = cut(original, name)
+        source = before + head + body + after
+    ast.parse(source)
+    return source
 
 
 # --------------------------------------------------------------------------------------------- git
@@ -125,12 +124,30 @@ def begun():
     return json.loads(begun_file().read_text()) if begun_file().is_file() else {}
 
 
+def in_git(exercise, commit="HEAD"):
+    """An exercise's file as it was in a commit."""
+    return git("show", f"{commit}:./{exercise.file}")
+
+
+def changed_elsewhere(exercise):
+    """Whether its file has changes that are not committed, but for other exercises begun in it."""
+    source, committed = (ROOT / exercise.file).read_text("utf-8"), in_git(exercise)
+    others = [e for n, e in read_exercises().items() if str(n) in begun() and n != exercise.number
+              and e.file == exercise.file]
+    try:
+        for other in others:
+            source = restored(source, committed, other)
+    except (SyntaxError, StopIteration):
+        return True
+    return source != committed
+
+
 def start(exercise):
     """Blank the functions in the working tree."""
     path, commits = ROOT / exercise.file, begun()
     if exercise.blank_line in path.read_text("utf-8"):
         raise Refused(f"{exercise} is begun: write {', '.join(exercise.functions)}")
-    if git("status", "--porcelain", "--", exercise.file):
+    if changed_elsewhere(exercise):
         raise Refused(f"{exercise.file} has changes that are not committed: commit them first "
                       f"(git commit -m \"..\" {exercise.file}), or drop them")
     commits.setdefault(str(exercise.number), git("rev-parse", "HEAD").strip())
@@ -141,10 +158,13 @@ def start(exercise):
 
 
 def solve(exercise):
-    """Put the original's bodies back; the student's version becomes a patch."""
-    commit = begun().get(str(exercise.number), "HEAD")
-    original = git("show", f"{commit}:{exercise.file}")
-    file, what = ROOT / exercise.file, "the original is back, commit it"
+    """Put the original's functions back; the student's version becomes a patch."""
+    commit = begun().get(str(exercise.number))
+    if not commit:
+        raise Refused(f"{exercise} was not begun in this folder: git log {exercise.file} has what "
+                      "was there before")
+    original = in_git(exercise, commit)
+    file, what = ROOT / exercise.file, "the original is back"
     mine = file.read_text("utf-8")
     try:
         solved = restored(mine, original, exercise)
@@ -197,6 +217,9 @@ def check(exercise):
     done = subprocess.run([sys.executable, "-m", "pytest", *PYTEST, *exercise.tests], cwd=ROOT,
                           capture_output=True, text=True, env=os.environ | WIDE)
     passed, line = meaning(done.stdout + done.stderr, ROOT)
+    others = re.findall(r'NotImplementedError\("(exercise \d+)"\)', source)
+    if others and not passed:
+        line += f" (blank in the same file: {', '.join(others)})"
     return passed, f"{exercise}: {line}"
 
 
@@ -211,8 +234,7 @@ def main(argv=None):
             print(f"{e.number:2}  level {e.level}  {e.title:32} {', '.join(e.functions)}")
         return 0
     if args.number not in exercises:
-        parser.error(f"got {args.number}, expected the number of an exercise, "
-                     f"1 to {max(exercises)}")
+        parser.error(f"give the number of an exercise, 1 to {max(exercises)}")
     exercise, passed = exercises[args.number], True
     try:
         if args.command == "show":

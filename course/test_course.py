@@ -163,7 +163,49 @@ def test_a_student_starts_solves_is_graded_and_gets_the_original_back(project):
     assert run(project, "git", "apply", "exercise_11.1.patch")[0] == 0
     assert "softplus(rejected" in file.read_text("utf-8")
     assert course(project, "solve", "11")[0] == 0 and (project / "exercise_11.2.patch").is_file()
-    assert "already" in course(project, "solve", "12")[1]
+    assert "already" in course(project, "solve", "11")[1]
+    assert "was not begun" in course(project, "solve", "12")[1]
+
+
+def test_two_exercises_of_one_file_are_done_side_by_side(project):
+    """Two in a session stand in one file. The second is begun while the first is not committed;
+    each is solved for itself, and what was written for the other one stays. What is wrong with one
+    may be that the other is blank: so it is said."""
+    file = project / "ppo.py"
+    original = file.read_text("utf-8")
+    assert course(project, "start", "16")[0] == course(project, "start", "17")[0] == 0
+    blanks = [f'    raise NotImplementedError("exercise {n}")\n' for n in (16, 17)]
+    assert all(line in file.read_text("utf-8") for line in blanks)
+    file.write_text(file.read_text("utf-8").replace(blanks[1], "    return values.sum(), {}\n"))
+    status, said = course(project, "check", "17")
+    assert status == 1 and "(blank in the same file: exercise 16)" in said
+    assert course(project, "solve", "16")[0] == 0
+    assert "return values.sum(), {}" in file.read_text("utf-8")
+    assert course(project, "solve", "17")[0] == 0 and file.read_text("utf-8") == original
+
+
+def test_a_function_that_was_written_on_one_line_is_put_back_whole(project):
+    """No docstring, another signature, the body behind the colon: the original's lines return."""
+    file = project / "regularizers.py"
+    original = file.read_text("utf-8")
+    assert course(project, "start", "18")[0] == 0
+    before, after = file.read_text("utf-8").split("def k3(d):")
+    after = after[after.index("\n\n\n"):]
+    file.write_text(f"{before}def k3(x): return torch.expm1(-x) + x{after}")
+    assert course(project, "solve", "18")[0] == 0 and file.read_text("utf-8") == original
+
+
+def test_a_project_inside_of_another_repository_is_put_back_too(project):
+    """A course's own repository may hold it in a folder."""
+    folder = project / "rlhf"
+    folder.mkdir()
+    for path in [p for p in project.iterdir() if p.name not in (".git", "rlhf")]:
+        path.rename(folder / path.name)
+    commit(project)
+    original = (folder / "ppo.py").read_text("utf-8")
+    assert course(folder, "start", "13")[0] == 0
+    assert course(folder, "solve", "13")[0] == 0
+    assert (folder / "ppo.py").read_text("utf-8") == original
 
 
 def test_what_a_student_has_typed_is_answered_in_a_line_and_never_lost(project):
