@@ -389,7 +389,7 @@ def test_folders_that_hold_no_model_are_refused_by_name(tmp_path):
     wrong one; other people's formats are refused with the tool that converts them."""
     for folder, file, says in [
             ("empty", None, r"expected config\.json and model\.safetensors"),
-            ("meta", "params.json", r"of Meta's params\.json and \*\.pth tools/convert\.py"),
+            ("meta", "params.json", r"From Meta's params\.json and \*\.pth tools/convert\.py"),
             ("sizes", "config.json", r"vocab_size is None, expected a whole number"),
             ("adapter", "adapter_config.json", r"is an adapter.* tools/convert\.py merge")]:
         (tmp_path / folder).mkdir()
@@ -400,7 +400,7 @@ def test_folders_that_hold_no_model_are_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         load_llama(tmp_path / "nowhere")
     (write_model("mha", tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"no model\.safetensors .*tools/convert\.py"):
+    with pytest.raises(InputError, match=r"no model\.safetensors: tools/convert\.py"):
         load_llama(tmp_path)
 
 
@@ -966,7 +966,7 @@ def test_what_cannot_be_generated_is_refused_in_one_line(tmp_path):
     model = golden_model("mha", tmp_path)
     for prompts, limits, options, says in [
             ([[1] * 100], 29, {}, "100 tokens and 29 new ones.*at most 128"),
-            ([[1], []], 29, {}, "a prompt of 0 tokens"), ([[1]], 0, {}, "1 tokens and 0 new"),
+            ([[1], []], 29, {}, "prompt 1: got 0 tokens"), ([[1]], 0, {}, "1 tokens and 0 new"),
             ([[1], [1, 2]], [126, 127], {}, "2 tokens and 127 new"),
             ([[1]], 29, {"top_p": 0}, "top_p 0"),
             ([[1]], 29, {"temperature": -1}, "temperature -1"),
