@@ -183,7 +183,8 @@ def ranks():
     kinds = {"rank 1": "--lora_rank 1", "rank 32": "--lora_rank 32",
              "all weights": f"--lora_rank 0 {lr}"}
     variants = [v for name, flags in kinds.items() for v in along(flags, name, (.2, .1, .05))]
-    return seed_by_seed(variants, range(10, 16))
+    further = along(kinds["all weights"], "all weights, further", (.03, .02))
+    return seed_by_seed(variants, range(10, 16)) + seed_by_seed(further, range(10, 16))
 
 
 def context():
