@@ -231,9 +231,7 @@ def others_table(context, frontier):
     lines = [grid_table(found)]
     for name in list(found)[1:]:
         minus = paired(at_coefficient, found, (name, REWARD_KL), WIN)
-        kls = at_coefficient(found, name, KL).values()
-        lines.append(f"{name} minus {REWARD_KL}: {interval(student(minus))} | its KL "
-                     + " ".join(f"{kl:.3f}" for kl in kls))
+        lines.append(f"{name} minus {REWARD_KL}: {interval(student(minus))}")
     return "\n".join(lines)
 
 
@@ -369,10 +367,12 @@ def drawings(data):
     for key, label in LABELS.items():
         yield f"frontier_{key}", draw, frontier, key, label, KL, (*DISTANCES, 0.8)
         if best:
-            shown = {name: frontier[name] for name in (REWARD_KL, LOSS_KL)} | best
-            yield f"best_of_n_{key}", draw, shown, key, label, PER_ANSWER, (0.3, 1, 2, 3)
+            shown = {REWARD_KL: frontier[REWARD_KL], "best of n (KL: at most)": best["best of n"]}
+            yield f"best_of_n_{key}", draw, shown, key, label, PER_ANSWER, (0.3, 1, 2, 3, 5, 8)
     if data["ranks"]:
-        yield "ranks_precision", draw, data["by rank"], PRECISION, LABELS[PRECISION], KL, DISTANCES
+        by_rank = data["by rank"] | {}
+        del by_rank["all weights"]             # (`further` has them)
+        yield "ranks_precision", draw, by_rank, PRECISION, LABELS[PRECISION], KL, DISTANCES
 
 
 def main(argv=None):
