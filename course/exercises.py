@@ -183,6 +183,16 @@ def solve(exercise):
     return f"{what}; your version: git apply {patch.name}"
 
 
+def is_original(exercise):
+    """Whether there is nothing of the student's to be graded (without git nobody knows)."""
+    try:
+        original = in_git(exercise, begun().get(str(exercise.number), "HEAD"))
+    except Refused:
+        return False
+    source = (ROOT / exercise.file).read_text("utf-8")
+    return restored(source, original, exercise) == source
+
+
 # ------------------------------------------------------------------------------------------- tests
 
 PYTEST = ["-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
@@ -224,7 +234,7 @@ def check(exercise):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("command", choices=("list", "show", "start", "check", "solve"))
     parser.add_argument("number", type=int, nargs="?", help="of the exercise")
     args = parser.parse_args(argv)
@@ -242,6 +252,8 @@ def main(argv=None):
                     f"{exercise.text}\n\nTests: {' '.join(exercise.tests)}")
         elif args.command == "check":
             passed, line = check(exercise)
+            if passed and is_original(exercise):
+                line += f" (the original: start {exercise.number} blanks it)"
         else:
             line = {"start": start, "solve": solve}[args.command](exercise)
     except Refused as e:

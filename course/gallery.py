@@ -37,7 +37,7 @@ def draw(figure, runs):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, such as runs/toy")
     parser.add_argument("--out", default="figures", help="folder of the picture")
     with mistakes_in_one_line("gallery.py"):

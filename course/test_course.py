@@ -156,7 +156,7 @@ def test_a_student_starts_solves_is_graded_and_gets_the_original_back(project):
     mine = "    return F.softplus(rejected - chosen).mean()\n"
     file.write_text(started.replace(blank_line, mine))
     status, said = course(project, "check", "11")
-    assert status == 0 and "passed" in said, said
+    assert status == 0 and "passed" in said and "original" not in said, said
     status, said = course(project, "solve", "11")
     assert status == 0 and file.read_text("utf-8") == original
     assert "softplus(rejected" in (project / "exercise_11.1.patch").read_text("utf-8")
@@ -165,6 +165,8 @@ def test_a_student_starts_solves_is_graded_and_gets_the_original_back(project):
     assert course(project, "solve", "11")[0] == 0 and (project / "exercise_11.2.patch").is_file()
     assert "already" in course(project, "solve", "11")[1]
     assert "was not begun" in course(project, "solve", "12")[1]
+    for n in ("11", "12"):
+        assert f"(the original: start {n} blanks it)" in course(project, "check", n)[1]
 
 
 def test_two_exercises_of_one_file_are_done_side_by_side(project):
@@ -245,6 +247,7 @@ def test_without_git_it_says_what_it_needs(project):
     for command in ("start", "solve"):
         status, said = course(project, command, "14")
         assert status == 2 and "this needs git" in said and said.count("\n") == 1
+    assert course(project, "check", "18")[0] == 0
 
 
 def test_every_exercise_is_of_the_size_and_in_the_words_that_a_student_is_promised():

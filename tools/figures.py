@@ -363,7 +363,7 @@ def write_figures(folder, all_drawings):
 
 def main(argv=None):
     with mistakes_in_one_line("figures.py"):
-        parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+        parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
         parser.add_argument("runs", nargs="+", metavar="RUN", help="PPO run folder, such as "
                             "runs/toy/ppo")
         parser.add_argument("--base", metavar="VARIANT", help="what the others are compared with "

@@ -46,7 +46,7 @@ def best_of_n(folder, seed, data=TEST):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--runs", default="runs/study", help="run folders of toy/study.py frontier")
     parser.add_argument("--data", default=str(ROOT / "toy" / "best_of_n.jsonl"), help="outcomes")
     with mistakes_in_one_line("best_of_n.py"):

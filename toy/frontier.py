@@ -377,9 +377,9 @@ def drawings(data):
 
 def main(argv=None):
     with mistakes_in_one_line("frontier.py"):
-        parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+        parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
         parser.add_argument("data", nargs="?", default=os.path.relpath(ROOT / "toy"),
-                            help="folder of the outcomes (default: the committed ones')")
+                            help="folder of the outcomes (default: the committed ones)")
         parser.add_argument("--out", default="figures", help="where the pictures go")
         args = parser.parse_args(argv)
         data = load_all(args.data)

@@ -405,7 +405,7 @@ def as_json(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent,
                         help="folder to write to")
     out = parser.parse_args().out

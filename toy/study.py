@@ -360,7 +360,7 @@ def study(args):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("study", choices=STUDIES, help="what to run")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, start nothing")
