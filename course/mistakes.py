@@ -174,7 +174,7 @@ MISTAKES = [
             "After EOS the episode"),
     Mistake(14, "lam is forgotten",
             "gamma * lam * next_advantage", "gamma * next_advantage",
-            "lam = 0"),
+            "lam .5"),
     Mistake(14, "gamma is forgotten in the TD error",
             "rewards[:, t] + gamma * next_value", "rewards[:, t] + next_value",
             "gamma"),

@@ -73,6 +73,19 @@ def test_prompts_about_one_person_count_as_one_draw():
     assert result["se"] == pytest.approx(0.0490, rel=0.1) and result["value"] == 0.6
 
 
+def test_an_error_is_printed_the_same_each_time():
+    """Draws belong to the seed alone, whatever else has drawn from torch's own generator, and there
+    are as many as asked for; rows of one group are drawn together."""
+    groups = ["a", "a", "b", "c", "c"]
+    torch.manual_seed(1)
+    times = evaluation.resample(groups, resamples=50, seed=3)
+    torch.manual_seed(2)
+    assert torch.equal(times, evaluation.resample(groups, resamples=50, seed=3))
+    assert not torch.equal(times, evaluation.resample(groups, resamples=50, seed=4))
+    assert times.shape == (50, 5) and torch.equal(times[:, 0], times[:, 1])
+    assert (times[:, [0, 2, 3]].sum(-1) == 3).all()
+
+
 def test_the_interval_over_persons_covers_the_truth_19_times_in_20():
     """Where answers about one person err together: each of 60 persons wins her 4 prompts with
     probability .25 or .85, true mean .55. Resampling prompts as if they were independent would

@@ -590,10 +590,10 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(case, slots, 
 
 def test_a_decoding_step_sees_each_rows_own_slots():
     """Rows of 3 and 18 tokens, and the new one of each, which attends to itself: 4 and 19 slots,
-    at positions 3 and 18."""
+    at positions 3 and 18. The mask has the dtype of keys and values."""
     cache = KVCache(2, 40, "cpu")
-    cache.k.append(torch.zeros(2, 1, 40, 4))
-    cache.v.append(torch.zeros(2, 1, 40, 4))
+    cache.k.append(torch.zeros(2, 1, 40, 4, dtype=torch.bfloat16))
+    cache.v.append(torch.zeros(2, 1, 40, 4, dtype=torch.bfloat16))
     cache.lengths = torch.tensor([3, 18])
     cache.make_visible(19)
     cache.expect_next()
@@ -601,6 +601,18 @@ def test_a_decoding_step_sees_each_rows_own_slots():
     assert cache.mask.shape == (2, 1, 1, 19) and cache.mask.min() == -torch.inf
     visible = (cache.mask[:, 0, 0] == 0).tolist()
     assert visible == [[True] * 4 + [False] * 15, [True] * 19]
+    assert cache.mask.dtype == torch.bfloat16
+
+
+def test_the_first_prompts_make_room_for_every_row():
+    """Prompts that come for one of three rows are stored in its slots, at their positions; all
+    other places are 0."""
+    cache, x = KVCache(3, 40, "cpu"), torch.randn(1, 2, 5, 4)
+    cache.expect_prompts(torch.tensor([2]), 5)
+    cache.attend(0, x, x, 2 * x)
+    for kept, new in ((cache.k[0], x), (cache.v[0], 2 * x)):
+        assert kept.shape == (3, 2, 40, 4) and torch.equal(kept[2:, :, :5], new)
+        assert kept.count_nonzero() == new.numel()
 
 
 @pytest.mark.parametrize("case", ["mha", "gqa"])
