@@ -370,7 +370,7 @@ def drawings(data):
             shown = {REWARD_KL: frontier[REWARD_KL], "best of n (KL: at most)": best["best of n"]}
             yield f"best_of_n_{key}", draw, shown, key, label, PER_ANSWER, (0.3, 1, 2, 3, 5, 8)
     if data["ranks"]:
-        by_rank = data["by rank"] | {}
+        by_rank = dict(data["by rank"])
         del by_rank["all weights"]             # (`further` has them)
         yield "ranks_precision", draw, by_rank, PRECISION, LABELS[PRECISION], KL, DISTANCES
 
